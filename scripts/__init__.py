@@ -1,0 +1,1 @@
+"""Doors for `uv run -m scripts.NAME`."""

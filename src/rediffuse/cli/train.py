@@ -1,0 +1,107 @@
+"""`rediffuse train` and `rediffuse resume`."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from rediffuse.cli import options
+
+_WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+
+@click.command(context_settings=_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from.")
+@click.option("--run-name", "--run_name", "name", help="What `rediffuse runs` calls it.")
+@click.option("-m", "--multirun", is_flag=True, help="One run for each of `key=a,b,c`.")
+@click.option("--show-config", is_flag=True, help="Print the whole configuration and stop.")
+@options.root
+def train(
+    words: tuple[str, ...],
+    file: Path | None,
+    name: str | None,
+    multirun: bool,
+    show_config: bool,
+    root: Path | None,
+) -> int:
+    """Train a model; every KEY of the configuration can be set, as can every group (`schedule=flow`).
+
+    \b
+    rediffuse train
+    rediffuse train experiment=mnist training.epochs=5 --learning_rate 1e-3
+    rediffuse train experiment=folder64 data.path=my/images data.on_broken=skip
+    rediffuse train schedule=flow target=flow times=uniform -m seed=0,1,2
+    rediffuse train resume_from_run_id=ID training.epochs=200    the same as `resume ID`
+    rediffuse train --show-config                                every key with its value
+    """
+    if multirun:
+        return _train_each(words, file, name, root)
+    from rediffuse import launch
+    from rediffuse.config.compose import compose, dump_yaml
+
+    rest, ids = _taken(words, "resume_from_run_id", "parent_run_id")
+    if ids["resume_from_run_id"]:
+        return launch.resume(ids["resume_from_run_id"], rest, root=root)
+    config = compose([*rest, *([f"name={_quoted(name)}"] if name else [])], file)
+    if show_config:
+        click.echo(dump_yaml(config), nl=False)
+        return 0
+    return launch.train(config, root=root, parent=ids["parent_run_id"])
+
+
+@click.command(context_settings=_WORDS)
+@click.argument("run_id")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@options.root
+@options.trust
+def resume(run_id: str, words: tuple[str, ...], root: Path | None, trust: tuple[str, ...]) -> int:
+    """Go on with a run where its newest checkpoint is, with the run's own configuration.
+
+    Length, logging and device may change; learning rate, batch size and the like may too and are recorded;
+    network, schedule, target and data may not.
+
+    \b
+    rediffuse resume 3f2a91
+    rediffuse resume 3f2a91 training.epochs=200
+    """
+    from rediffuse import launch
+
+    return launch.resume(run_id, words, root=root, trusted=trust)
+
+
+def _train_each(
+    words: Sequence[str], file: Path | None, name: str | None, root: Path | None
+) -> int:
+    """Train one run after another, each in a process of its own, so that nothing survives a run."""
+    from rediffuse.config.compose import sweep
+
+    shared = ["--config", str(file)] if file else []
+    shared += ["--run-name", name] if name else []
+    shared += ["--root", str(root)] if root else []
+    codes = []
+    for combination in sweep(words):
+        click.echo(f"── rediffuse train {' '.join(combination)}")
+        command = [sys.executable, "-m", "rediffuse", "train", *shared, *combination]
+        codes.append(subprocess.run(command, check=False).returncode)
+    return max(codes, default=0)
+
+
+def _taken(words: Sequence[str], *keys: str) -> tuple[list[str], dict[str, str | None]]:
+    """Take ids out as they were typed: 12e5 is a name here, never a number."""
+    found: dict[str, str | None] = dict.fromkeys(keys)
+    rest = []
+    for word in words:
+        key, equals, value = word.lstrip("-").partition("=")
+        if equals and key in found:
+            found[key] = value.strip("'\"")
+        else:
+            rest.append(word)
+    return rest, found
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -1,0 +1,305 @@
+"""From files and flags to a checked `Config`. The only importer of Hydra.
+
+Hydra chooses the files (`schedule=cosine`, `experiment=mnist`) and reads the override grammar; single
+values are set here, in a plain tree, so that one check with one wording finds every mistake.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rediffuse.config.schema import DECLARED, FREE, Config
+from rediffuse.errors import ConfigError
+from rediffuse.words import did_you_mean
+
+Tree = dict[str, Any]
+
+_OURS = Path(__file__).parent.parent / "configs"
+_HYDRA_ROOT = "train"
+
+
+def compose(words: Sequence[str], file: Path | None = None) -> Config:
+    """Put a run together: our defaults, then FILE.yaml, then what was typed (`key=value` or `--key value`).
+
+    Raises:
+        ConfigError: for an unknown key, a wrong value or a combination that cannot work.
+    """
+    typed = list(_overrides(words))
+    from_file = read_yaml(file) if file else {}
+    groups = _groups()
+    choices = {k: v for k, v in from_file.items() if k in groups and isinstance(v, str)}
+    choices |= {key: str(value) for key, value in typed if key in groups and not _is_part(value)}
+    tree = _chosen(choices, groups)
+    _merge(tree, {k: v for k, v in from_file.items() if k not in choices})
+    set_values(tree, [(key, value) for key, value in typed if key not in choices])
+    return checked(tree)
+
+
+def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
+    """Set full keys (`training.epochs`) or unambiguous last names (`--epochs`) in a plain tree.
+
+    Raises:
+        ConfigError: for a name that no section has, or that more than one has.
+    """
+    for key, value in values:
+        *sections, last = _full_key(tree, key).split(".")
+        at = tree
+        for section in sections:
+            if not isinstance(at.get(section), dict):
+                raise ConfigError(unknown_key(key, tree))
+            at = at[section]
+        at[last] = value
+
+
+def checked(tree: Tree) -> Config:
+    """Hold a plain tree to the schema; one line for the first thing that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as refused:
+        first = refused.errors()[0]
+        key = ".".join(str(word) for word in first["loc"] if not _is_branch(word))
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(unknown_key(key, tree)) from None
+        if first["type"] == "value_error":
+            raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{key}: this key is needed") from None
+        given = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+        raise ConfigError(f"{key}: {_plain(first['msg'])}{given}") from None
+
+
+def unknown_key(key: str, tree: Tree) -> str:
+    """The sentence for a key that does not exist, with the nearest one that does."""
+    near = did_you_mean(key, [*leaves(tree), *tree])
+    return f"{key}: no such key{near} (`rediffuse train --help` tells how to list them all)"
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A flat view of a tree: full key to value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= leaves(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Sort out what a resumed run wants changed: declared keys are returned, free ones pass, fixed ones not.
+
+    Raises:
+        ConfigError: if a fixed key differs, naming both values.
+    """
+    before, after = leaves(old.model_dump()), leaves(new.model_dump())
+    differing = {
+        key: (before.get(key), after.get(key))
+        for key in (*before, *(k for k in after if k not in before))
+        if before.get(key) != after.get(key)
+    }
+    for key, (was, now) in differing.items():
+        if not _under(key, FREE + DECLARED):
+            raise ConfigError(
+                f"{key} is {was!r} in this run and cannot become {now!r} on the way; start a new run "
+                "for that (`rediffuse train ... parent_run_id=ID` records where it came from)"
+            )
+    return {key: pair for key, pair in differing.items() if _under(key, DECLARED)}
+
+
+def sweep(words: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of `key=a,b,c` words, as Hydra's `--multirun` spells them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    alternatives: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            alternatives.append([word])
+            continue
+        parsed = OverridesParser.create().parse_override(word)
+        if parsed.is_sweep_override():
+            key = parsed.get_key_element()
+            alternatives.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        else:
+            alternatives.append([word])
+    yield from (list(combination) for combination in itertools.product(*alternatives))
+
+
+def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
+    """Read plain YAML data: no tags, no aliases, no interpolation.
+
+    Raises:
+        ConfigError: naming the file and what is wrong with it.
+    """
+    try:
+        if file.stat().st_size > most_bytes:
+            raise ConfigError(f"{file}: larger than {most_bytes} bytes, which no configuration is")
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ConfigError(f"{file}: YAML aliases are not read; write the value out")
+        tree = yaml.load(text, _Floats)  # noqa: S506 - a SafeLoader
+    except OSError as refused:
+        raise ConfigError(f"{file}: cannot be read ({refused.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not a text file") from None
+    except (yaml.YAMLError, RecursionError) as refused:
+        what = str(getattr(refused, "problem", None) or "not YAML")
+        raise ConfigError(f"{file}: {what}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected `key: value` lines")
+    for key, value in leaves(tree).items():
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(f"{file}: {key}: '${{...}}' is not filled in here; write the value out")
+    return tree
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration, readable by `read_yaml`."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _Floats(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a word; people mean the number."""
+
+
+_Floats.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """`key=value` and `--key value` words as (key, value), read by Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for word in _joined(words):
+        try:
+            parsed = OverridesParser.create().parse_override(word.lstrip("-"))
+        except HydraException:
+            raise ConfigError(f"{word!r} is not `key=value`; quote what has spaces or commas") from None
+        if parsed.is_sweep_override():
+            raise ConfigError(f"{word!r} lists several values; add -m to train one run for each")
+        if parsed.is_delete():
+            raise ConfigError(f"{word!r}: keys cannot be removed; set it to null")
+        yield parsed.key_or_group, _plain_value(parsed.value())
+
+
+def _joined(words: Sequence[str]) -> Iterator[str]:
+    """`--key value` to `key=value`, `--key` alone to `key=true`; dashes in option names are underscores."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            yield word
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        yield f"{name.replace('-', '_')}={value}"
+
+
+def _plain_value(value: Any) -> Any:
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, dict):
+        return {str(_plain_value(key)): _plain_value(item) for key, item in value.items()}
+    return value
+
+
+def _groups() -> dict[str, list[str]]:
+    """The groups there are, with their files: ours and those of ./configs."""
+    found: dict[str, list[str]] = {}
+    for home in (_OURS, Path.cwd() / "configs"):
+        for file in sorted(home.glob("*/*.yaml")):
+            found.setdefault(file.parent.name, []).append(file.stem)
+    return found
+
+
+def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for group, choice in choices.items():
+        if choice not in groups[group]:
+            raise ConfigError(
+                f"{group}={choice}: there is no such {group}{did_you_mean(choice, groups[group])}; "
+                f"there are {', '.join(groups[group])}"
+            )
+    place = {axis: f"{axis}@sampling.{axis}" for axis in ("solver", "grid", "guidance")}
+    theirs = Path.cwd() / "configs"
+    home = theirs if theirs.is_dir() else _OURS
+    words = [f"{place.get(group, group)}={choice}" for group, choice in choices.items()]
+    if "data" in choices and "experiment" not in choices:
+        words.append("~experiment")  # the default preset is made for its own images
+    try:
+        with initialize_config_dir(str(home.resolve()), version_base="1.3"):
+            composed = hydra_compose(
+                _HYDRA_ROOT, [*words, f"hydra.searchpath=['file://{_OURS}']"]
+            )
+            return dict(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+    except (HydraException, OmegaConfBaseException) as refused:
+        raise ConfigError(" ".join(str(refused).split())) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _merge(tree: Tree, more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        mine = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(mine, dict):
+            if value.get("name", mine.get("name")) != mine.get("name"):
+                tree[key] = dict(value)  # another part: the arguments of the old one mean nothing to it
+            else:
+                _merge(mine, value)
+        else:
+            tree[key] = value
+
+
+def _full_key(tree: Tree, key: str) -> str:
+    if "." in key or key in tree or key in Config.model_fields:
+        return key
+    keys = [full for full in _all_keys(tree) if full.rpartition(".")[2] == key]
+    if len(keys) > 1:
+        raise ConfigError(f"{key}: which one? {' or '.join(keys)}")
+    if not keys:
+        raise ConfigError(unknown_key(key, tree))
+    return keys[0]
+
+
+def _all_keys(tree: Tree) -> list[str]:
+    fields = [
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        for name in getattr(field.annotation, "model_fields", ())
+    ]
+    return list(dict.fromkeys([*leaves(tree), *fields]))
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_branch(word: int | str) -> bool:
+    """Pydantic names the branch of a union that it tried; nobody wrote that."""
+    return isinstance(word, str) and ("[" in word or word in {"bool", "float", "int", "str"})
+
+
+def _plain(message: str) -> str:
+    return message.replace("Input should be", "expected")

@@ -1,0 +1,148 @@
+"""What a run is made of. Everything is checked before anything is built or written.
+
+Lengths count images, never steps or epochs unless the name says so. A `Part` names one file of an axis
+(`schedule: {name: discrete.cosine, steps: 1000}`) with that function's own arguments.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
+
+
+class Section(BaseModel):
+    """A group of fields: no unknown ones, no silent conversions, unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Part(Section):
+    """A name on some axis, with the arguments of the function of that name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What is given beside the name."""
+        return dict(self.model_extra or {})
+
+
+class Data(Part):
+    """Which images, and what is done to every one of them; other arguments are the source's own."""
+
+    image_size: PositiveInt = 32
+    channels: Literal[1, 3, 4] = 3
+    fit: Literal["crop", "pad"] = "crop"
+    mean: float | list[float] = 0.5
+    std: PositiveFloat | list[PositiveFloat] = 0.5
+    use_labels: bool = True
+    flip: bool = False
+    crop_padding: NonNegativeInt = 0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    on_device: bool | Literal["auto"] = "auto"
+    workers: Literal[0, 1] = 1
+
+
+class Training(Section):
+    """How long, how fast, how exact, and how often something is looked at."""
+
+    epochs: PositiveFloat | None = None
+    images: PositiveInt | None = None
+    stop_after_images: PositiveInt | None = None
+    batch_size: PositiveInt = 128
+    accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat = 2e-4
+    clip_norm: PositiveFloat | None = 1.0
+    label_dropout: Probability = 0.1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    log_every_images: PositiveInt | None = None
+    validate_every_images: PositiveInt | None = None
+    preview_every_images: PositiveInt | None = None
+    checkpoint_every_images: PositiveInt | None = None
+    previews: bool = True
+    preview_count: PositiveInt = 64
+    validation_images: PositiveInt = 1024
+    keep_checkpoints: PositiveInt = 2
+    early_stopping_checks: PositiveInt | None = None
+    non_finite_limit: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Training":
+        if (self.epochs is None) == (self.images is None):
+            raise ValueError("give either training.epochs or training.images (set the other to null)")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"training.accumulation={self.accumulation} must divide training.batch_size="
+                f"{self.batch_size}, which counts the images of one optimizer step"
+            )
+        return self
+
+
+class Average(Section):
+    """An exponential moving average of the weights; null half-life: none is kept."""
+
+    half_life_images: PositiveInt | None = 50_000
+    warm_up: bool = True
+
+
+class Sampling(Section):
+    """How previews are drawn, and the defaults of `rediffuse sample`."""
+
+    solver: Part
+    grid: Part
+    steps: PositiveInt = 20
+    guidance: Part
+    clip: bool = True
+
+
+class Tracking(Section):
+    """Where copies of the run's metrics go, beside the run's own files."""
+
+    trackers: list[str] = []
+    experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
+
+
+class Config(Section):
+    """One run, completely."""
+
+    name: Annotated[str, Field(max_length=200)] | None = None
+    seed: Seed = 0
+    device: str = "auto"
+    determinism: Literal["auto", "exact", "fast"] = "auto"
+    threads: PositiveInt | None = None
+    sigma_data: PositiveFloat | None = None
+    model: Part
+    schedule: Part
+    target: Part
+    times: Part
+    weighting: Part
+    data: Data
+    training: Training
+    optimizer: Part
+    rate: Part
+    average: Average
+    sampling: Sampling
+    tracking: Tracking
+
+
+# What a resumed run may change (DESIGN: free, declared, fixed). Prefixes of full keys.
+FREE = (
+    "name", "device", "threads", "data.on_device", "data.workers", "data.path", "data.root",
+    "training.epochs", "training.images", "training.stop_after_images", "training.compile",
+    "training.log_every_images", "training.validate_every_images", "training.preview_every_images",
+    "training.checkpoint_every_images", "training.previews", "training.preview_count",
+    "training.keep_checkpoints", "training.early_stopping_checks", "training.non_finite_limit",
+    "sampling", "tracking",
+)  # fmt: skip
+DECLARED = (
+    "determinism", "optimizer", "rate", "average", "training.batch_size", "training.accumulation",
+    "training.learning_rate", "training.clip_norm", "training.precision", "training.label_dropout",
+    "training.validation_images",
+)  # fmt: skip

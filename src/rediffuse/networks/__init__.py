@@ -1,0 +1,1 @@
+"""Networks know nothing of diffusion: `network(x, label, cond)`, where `label` tells the noise level."""

@@ -1,0 +1,101 @@
+"""The layers of a U-Net: residual blocks and changes of size."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rediffuse.errors import ConfigError
+from rediffuse.networks.norms import Norm, forgets_channel_means, group, zero
+
+
+class ResidualBlock(nn.Module):
+    """Norm-SiLU-conv twice, told of an embedding between the two (Ho et al. 2020, App. B).
+
+    The embedding is added to every position, or with `scale_shift` it scales and shifts the second norm
+    (Dhariwal & Nichol 2021, Sec. 3.1). `resample` changes the size inside the block and beside it, as in
+    BigGAN (Brock et al. 2019, App. B), and then in_channels must equal out_channels.
+
+    Raises:
+        ConfigError: if the norm would take away again what the embedding adds.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        *,
+        norm: Norm = group,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resample = resample or nn.Identity()
+        self.norm_1 = norm(in_channels)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_channels, (1 + scale_shift) * out_channels)
+        self.norm_2 = norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
+        if forgets_channel_means(self.norm_2) and not scale_shift:
+            raise ConfigError(
+                f"a norm of {out_channels} channels one by one subtracts again what the noise level "
+                "adds to them; use scale_shift=true, or a norm over more channels (fewer groups)"
+            )
+
+    def forward(
+        self, x: Float[Tensor, "batch in_c height width"], embedding: Float[Tensor, "batch dim"]
+    ) -> Float[Tensor, "batch out_c new_height new_width"]:
+        modulation = self.modulation(embedding)[:, :, None, None]
+        h = self.conv_1(self.resample(F.silu(self.norm_1(x))))
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.norm_2(h) * (1 + scale) + shift
+        else:
+            h = self.norm_2(h + modulation)
+        h = self.conv_2(self.dropout(F.silu(h)))
+        return self.skip(self.resample(x)) + h
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution, padded as TensorFlow's "SAME" (Ho et al. 2020)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(
+        self, x: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height//2 width//2"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels, then convolve (Ho et al. 2020)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(
+        self, x: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel 2*height 2*width"]:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.ModuleList):
+    """Layers in a row; the residual blocks among them are told the embedding."""
+
+    def forward(
+        self, x: Float[Tensor, "batch in_c height width"], embedding: Float[Tensor, "batch dim"]
+    ) -> Float[Tensor, "batch out_c new_height new_width"]:
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
+        return x

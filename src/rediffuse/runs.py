@@ -1,0 +1,308 @@
+"""A run is a directory named by its id; the id, or an unambiguous beginning of it, is enough to find it."""
+
+import hashlib
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import torch
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rediffuse.errors import RunError
+from rediffuse.tracking.jsonl import write_atomically
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+RECORD_BYTES = 1_000_000
+_ID, _WORD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{6,32}")
+
+
+class Record(BaseModel):
+    """What `run.json` holds. `created` is UTC, ISO 8601; `images_seen` is that of the newest checkpoint."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    id: str
+    name: str | None = None
+    created: str
+    status: Status = "RUNNING"
+    parent: str | None = None
+    images_seen: int = 0
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory and what lies where in it; nothing here is kept in memory."""
+
+    directory: Path
+
+    @property
+    def id(self) -> str:
+        """32 hex digits."""
+        return self.directory.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.directory / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Where the run began: code, packages, machine."""
+        return self.directory / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Every metric, one row per line: the source of truth."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def epochs(self) -> Path:
+        """Metrics per epoch."""
+        return self.directory / "metrics.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.directory / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Previews and sampling jobs."""
+        return self.directory / "samples"
+
+    @property
+    def logs(self) -> Path:
+        """What trackers were given, and what they wrote."""
+        return self.directory / "logs"
+
+    def read(self) -> Record:
+        """Read `run.json`.
+
+        Raises:
+            RunError: if it is missing, too large, damaged, or of another run.
+        """
+        path = self.directory / "run.json"
+        try:
+            if path.stat().st_size > RECORD_BYTES:
+                raise RunError(
+                    f"{path} is larger than {RECORD_BYTES} bytes; it is not a run's record"
+                )
+            record = Record.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise RunError(f"{self.directory} has no run.json; it is not a run") from None
+        except ValidationError as damage:
+            what = damage.errors()[0]
+            where = ".".join(map(str, what["loc"])) or "JSON"
+            raise RunError(f"{path} is damaged: {where}: {what['msg']}") from None
+        if record.id != self.id:
+            raise RunError(f"{path} belongs to run {record.id}; a run's directory keeps its name")
+        return record
+
+    def update(self, **changes: Any) -> Record:
+        """Change fields of `run.json`, atomically; hold the run's lock."""
+        record = Record.model_validate({**self.read().model_dump(), **changes})
+        _write(self.directory, record)
+        return record
+
+
+def runs_root(option: Path | None) -> Path:
+    """Where runs live: `--root`, else `$REDIFFUSE_ROOT`, else `./runs`; absolute."""
+    return (option or Path(os.environ.get("REDIFFUSE_ROOT") or "runs")).expanduser().resolve()
+
+
+def create(
+    root: Path,
+    run_id: str | None = None,
+    *,
+    name: str | None = None,
+    parent: str | None = None,
+    command: Sequence[str] = (),
+) -> Run:
+    """Make a run's directory, complete with its record or not at all; without an id it gets a new one.
+
+    Raises:
+        RunError: if there is such a run already.
+    """
+    run = Run(root / (run_id or uuid4().hex))
+    if not _ID.fullmatch(run.id):
+        raise RunError(f"a run id is 32 hex digits, not {run.id!r}")
+    created = datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = Record(id=run.id, name=name, created=created, parent=parent, command=tuple(command))
+    unfinished = root / f".{run.id}"
+    (unfinished / "logs").mkdir(parents=True)
+    _write(unfinished, record)
+    try:
+        unfinished.rename(run.directory)
+    except OSError:
+        raise RunError(f"{run.directory} exists already; a run is created once") from None
+    return run
+
+
+def find_run(root: Path, word: str) -> Run:
+    """Find a run by its id or by any beginning of it, of 6 digits or more.
+
+    Raises:
+        RunError: if `word` cannot be an id, fits no run, or fits several.
+    """
+    if not _WORD.fullmatch(word):
+        raise RunError(
+            f"{word!r} is not a run id: give its 32 hex digits (0-9, a-f), or the first 6 or more"
+        )
+    runs = list_runs(root)
+    found = [run for run in runs if run.id.startswith(word)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RunError(f"'{word}' fits {len(found)} runs: {_named(found)}; give more digits")
+    others = f"the newest there are {_named(runs)}" if runs else "there are no runs"
+    raise RunError(
+        f"no run '{word}' in {root}; {others} (another place: --root or $REDIFFUSE_ROOT)"
+    )
+
+
+def list_runs(root: Path) -> list[Run]:
+    """All runs below `root`, newest first; those whose record cannot be read come last."""
+    if not root.is_dir():
+        return []
+    runs = [
+        Run(Path(entry.path))
+        for entry in os.scandir(root)
+        if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]
+    return sorted(runs, key=_created, reverse=True)
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Be the only writer of a run; the operating system ends the lock with the process.
+
+    Raises:
+        RunError: if another process is, naming its host and process id.
+    """
+    lock = FileLock(run.directory / ".lock")
+    try:
+        lock.acquire(timeout=_LOCK_S, poll_interval=_LOCK_S / 10)
+    except Timeout:
+        raise RunError(f"run {run.id} is in use by {_owner(run)}; wait for it or end it") from None
+    try:
+        owner = (
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%F %T} UTC"
+        )
+        write_atomically(run.directory / ".owner", owner.encode())
+        yield
+    finally:
+        lock.release()
+
+
+# Long enough that a look at the status, which takes the lock for an instant, does not turn a writer away.
+_LOCK_S = 0.5
+
+
+def status_now(run: Run) -> str:
+    """The status in `run.json`, or `stale` for a run that says RUNNING and has no process."""
+    status = run.read().status
+    return "stale" if status == "RUNNING" and _is_free(run) else status
+
+
+def environment() -> dict[str, Any]:
+    """Describe code, packages and machine, as far as they can be known; takes a second or so."""
+    return {
+        "rediffuse": metadata.version("rediffuse"),
+        "git": _git(Path.cwd()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {
+            found.name: found.version
+            for found in sorted(metadata.distributions(), key=lambda found: found.name.lower())
+        },
+        "torch": {
+            "version": torch.__version__,
+            "build": torch.__config__.show().splitlines(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cpu": {"count": os.cpu_count(), **_cpu()},
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpu_driver": _first_line(Path("/proc/driver/nvidia/version")),
+    }
+
+
+def _git(directory: Path) -> dict[str, Any] | None:
+    """Commit, whether anything differs from it, and a digest of that; None outside a checkout."""
+    try:
+        commit = _git_says(directory, "rev-parse", "HEAD").decode().strip()
+        dirty = bool(_git_says(directory, "status", "--porcelain"))
+        diff = _git_says(directory, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--binary")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": dirty, "diff_sha256": hashlib.sha256(diff).hexdigest()}
+
+
+def _git_says(directory: Path, *arguments: str) -> bytes:
+    # No locks and no hooks: looking at a checkout neither changes it nor runs what it configures.
+    command = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false", *arguments)
+    return subprocess.run(command, cwd=directory, capture_output=True, check=True, timeout=5).stdout
+
+
+def _cpu() -> dict[str, str]:
+    """Model name and instruction flags of the first core, where Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {"model": platform.processor(), "flags": ""}
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    return {
+        "model": facts.get("model name", platform.processor()),
+        "flags": facts.get("flags", facts.get("Features", "")),
+    }
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def _write(directory: Path, record: Record) -> None:
+    write_atomically(directory / "run.json", record.model_dump_json(indent=2).encode())
+
+
+def _created(run: Run) -> str:
+    try:
+        return run.read().created
+    except RunError:
+        return ""
+
+
+def _named(runs: Sequence[Run]) -> str:
+    return ", ".join(run.id for run in runs[:4]) + (", ..." if len(runs) > 4 else "")
+
+
+def _owner(run: Run) -> str:
+    return _first_line(run.directory / ".owner") or "another process"
+
+
+def _is_free(run: Run) -> bool:
+    try:
+        with FileLock(run.directory / ".lock").acquire(blocking=False):
+            return True
+    except Timeout:
+        return False

@@ -1,0 +1,92 @@
+"""Which device, how many of them, and how exact."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rediffuse.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Devices:
+    """This process' device, and its place among the processes that train together."""
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def mean_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Average tensors over all ranks, in place, in one message."""
+        if self.ranks == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= self.ranks
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, part in zip(tensors, flat.split(sizes), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def agree(self, value: str | None) -> str:
+        """Tell every rank what the first one says."""
+        if self.ranks > 1:
+            box = [value]
+            torch.distributed.broadcast_object_list(box, src=0)
+            value = box[0]
+        assert value is not None
+        return value
+
+
+def choose(device: str = "auto") -> Devices:
+    """Take the best device there is, or the one that is asked for; join `accelerate launch`'s other processes.
+
+    Raises:
+        ConfigError: if the device asked for is not there.
+    """
+    if "LOCAL_RANK" in os.environ:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        return Devices(state.device, state.process_index, state.num_processes)
+    if device == "auto":
+        return Devices(torch.device(_best()))
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(
+            f"device={device}: not on this machine; device=auto takes {_best()} here"
+        ) from None
+    return Devices(chosen)
+
+
+def set_determinism(mode: str, device: torch.device, threads: int | None) -> str:
+    """Switch torch to `exact` or `fast` kernels, process-wide; `auto` is exact on a CPU. Return which.
+
+    Order, times and noise do not depend on it. `exact` gives equal bits on one kind of machine with the
+    same number of threads; `fast` leaves the choice of kernels to torch.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if mode == "auto":
+        mode = "exact" if device.type == "cpu" else "fast"
+    exact = mode == "exact"
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(exact)  # never warn_only: attention's backward stays random then
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not exact
+    torch.backends.cudnn.deterministic = exact
+    return mode
+
+
+def _best() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,130 @@
+"""What looks on while the loop runs. A hook reads the state, writes its windows, and changes no weight."""
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from rediffuse.data.batches import Batch
+from rediffuse.denoiser import Denoiser
+from rediffuse.losses import simple_loss
+from rediffuse.randomness import Stream, normal, uniform
+from rediffuse.training.loop import Hook, Stop
+from rediffuse.training.state import Sums, TrainState
+from rediffuse.training.step import Recipe
+
+Record = Callable[[dict[str, float], int], None]
+
+
+def log(record: Record) -> Hook:
+    """Record the mean losses since the last time, the learning rate, the gradient norm and the speed."""
+    clock = _Clock()
+
+    def write(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        values = state.since_log.means()
+        values |= {name: metrics[name].item() for name in ("gradient_norm", "learning_rate")}
+        values |= {"images_per_s": clock.per_second(state.images_seen)}
+        values |= {"skipped_steps": float(state.skipped_steps)}
+        record(values, state.images_seen)
+        state.since_log = Sums()
+
+    return write
+
+
+def log_epoch(record: Record, images_per_epoch: int) -> Hook:
+    """Record the mean training loss of the epoch that has just ended."""
+
+    def write(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        epoch = float(state.images_seen // images_per_epoch)
+        record({"epoch": epoch, "epoch/loss": state.this_epoch.means()["loss"]}, state.images_seen)
+        state.this_epoch = Sums()
+
+    return write
+
+
+def validate(recipe: Recipe, batches: Sequence[Batch], record: Record) -> Hook:
+    """Record the loss on held-out images at fixed times and noise, and remember the best."""
+
+    def measure(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        loss = validation_loss(recipe, state, batches)
+        state.validation_loss = loss
+        state.checks_since_best += 1
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.checks_since_best = loss, 0
+        record({"validation/loss": loss}, state.images_seen)
+
+    return measure
+
+
+@torch.no_grad()
+def validation_loss(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> float:
+    """The mean loss of the averaged weights; image k has the same time and noise every time."""
+    of = recipe.denoiser
+    denoiser = Denoiser(state.sampler, of.schedule, of.target, of.sigma_data)
+    state.sampler.eval()
+    total, images = 0.0, sum(len(batch.index) for batch in batches)
+    for batch in batches:
+        # One time in each of as many equal parts of the clock as there are images.
+        u = (batch.index + uniform(recipe.seed, Stream.EVALUATION, batch.index, 1)[:, 0]) / images
+        t = recipe.times(of.schedule, u)
+        index = batch.index.to(batch.x_0.device)
+        eps = normal(recipe.seed, Stream.EVALUATION, index, tuple(batch.x_0.shape[1:]), draw=1)
+        with recipe.autocast():
+            losses = simple_loss(denoiser, recipe.weighting, batch.x_0, eps, t, batch.cond)
+        total += losses.sum().item()
+    return total / images
+
+
+def stop_early(checks: int) -> Hook:
+    """Stop after so many validations without a better one."""
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        if state.checks_since_best >= checks:
+            raise Stop(f"no better validation loss in {checks} checks")
+
+    return look
+
+
+def stop_after(images: int) -> Hook:
+    """End this process early, without changing the plan."""
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        if state.images_seen >= images:
+            raise Stop(f"stopped after {images} images, as asked")
+
+    return look
+
+
+class Interrupts:
+    """SIGINT and SIGTERM end training after the step they meet; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Stop if a signal has come."""
+        if self.received:
+            raise Stop(f"{self.received.name} received")
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last: tuple[float, int] | None = None
+
+    def per_second(self, images_seen: int) -> float:
+        now, last = (time.monotonic(), images_seen), self._last
+        self._last = now
+        return (now[1] - last[1]) / (now[0] - last[0]) if last else 0.0

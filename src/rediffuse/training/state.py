@@ -1,0 +1,85 @@
+"""Everything that a step changes. A checkpoint is this and nothing else."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rediffuse.training.average import Average
+
+BIN_EDGES = (-4.0, -2.0, 0.0, 2.0, 4.0)
+"""Where ln(α/σ) is cut for the loss by noise level, in nats."""
+_BINS = len(BIN_EDGES) + 1
+
+
+@dataclass
+class Sums:
+    """Running sums of losses since some point; they stay on the device until somebody reads them."""
+
+    images: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    bin_loss: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
+    bin_images: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
+
+    @classmethod
+    def of(cls, losses: Tensor, half_log_snr: Tensor) -> "Sums":
+        """The sums of one batch: a loss and a noise level per image."""
+        bins = torch.bucketize(half_log_snr.float().cpu(), torch.tensor(BIN_EDGES))
+        one_hot = torch.nn.functional.one_hot(bins, _BINS).to(losses)
+        return cls(len(losses), losses.sum(), losses @ one_hot, one_hot.sum(dim=0))
+
+    def add(self, more: "Sums") -> None:
+        """Add another's sums, on its device."""
+        self.images += more.images
+        self.loss = self.loss.to(more.loss.device) + more.loss
+        self.bin_loss = self.bin_loss.to(more.bin_loss.device) + more.bin_loss
+        self.bin_images = self.bin_images.to(more.bin_images.device) + more.bin_images
+
+    def means(self) -> dict[str, float]:
+        """The mean loss, over all noise levels and in each bin that saw an image."""
+        means = {"loss": self.loss.item() / max(1, self.images)}
+        edges = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES), "inf")
+        sums = zip(self.bin_loss.tolist(), self.bin_images.tolist(), strict=True)
+        for i, (loss, images) in enumerate(sums):
+            if images:
+                means[f"loss/half_log_snr {edges[i]} to {edges[i + 1]}"] = loss / images
+        return means
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers, exact."""
+        return {
+            "images": self.images,
+            "loss": self.loss.item(),
+            "bin_loss": self.bin_loss.tolist(),
+            "bin_images": self.bin_images.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Sums":
+        """Undo `as_json`."""
+        names = ("loss", "bin_loss", "bin_images")
+        return cls(saved["images"], *(torch.tensor(saved[name]) for name in names))
+
+
+@dataclass
+class TrainState:
+    """The network and all that goes with it after `images_seen` training images."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+    scaler: torch.amp.GradScaler | None = None
+    images_seen: int = 0
+    since_log: Sums = field(default_factory=Sums)
+    this_epoch: Sums = field(default_factory=Sums)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    checks_since_best: int = 0
+
+    @property
+    def sampler(self) -> nn.Module:
+        """The network that samples come from: the average where there is one."""
+        return self.average.network if self.average else self.network
