@@ -111,6 +111,12 @@ def denoiser(config: Config, net: nn.Module, trusted: Sequence[str] | None = Non
     )
 
 
+def rate(config: Config, trusted: Sequence[str] | None = None) -> Callable[[int], float]:
+    """The learning rate as a share of its peak, by images seen; its horizon must be settled."""
+    falling, horizon = bind("rate", config.rate, "rate", trusted), config.rate.horizon_images or 1
+    return lambda images: float(falling(images, horizon))
+
+
 def solver(part: Part, trusted: Sequence[str] | None = None) -> Solver:
     """A solver with its own arguments bound."""
     return bind("solver", part, "sampling.solver", trusted)
@@ -133,8 +139,10 @@ def check(config: Config, trusted: Sequence[str] | None = None) -> None:
     check_target(target, clock, config.target.name)
     _check_input_scale(config, clock)
     of("times", config.times, "times")(clock, torch.full((1,), 0.5, dtype=torch.float64))
-    for axis in ("weighting", "optimizer", "rate", "data"):
+    for axis in ("weighting", "optimizer"):
         of(axis, getattr(config, axis), axis)
+    rate(config, trusted)(0)
+    of("data", config.data.source, "data")
     solver(config.sampling.solver, trusted)
     of("guidance", config.sampling.guidance, "sampling.guidance")
     grid(config.sampling.grid, trusted)(clock, config.sampling.steps)

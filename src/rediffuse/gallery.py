@@ -1,11 +1,14 @@
 """Sampling jobs: image numbers in, PNG files, a grid and a manifest out."""
 
+import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,20 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from rediffuse import build
-from rediffuse.config.schema import Config, Sampling
+from rediffuse import build, runs
+from rediffuse.config.compose import checked, read_yaml, typed_values
+from rediffuse.config.schema import Config, Part, Sampling
 from rediffuse.data.pixels import to_uint8
 from rediffuse.denoiser import Denoise, Denoiser
-from rediffuse.errors import ConfigError
+from rediffuse.errors import CheckpointError, ConfigError
 from rediffuse.guidance.clipping import clipping
 from rediffuse.randomness import ImageNoise
+from rediffuse.runs import Run
 from rediffuse.sampling import trajectory
+from rediffuse.training import checkpoint
+from rediffuse.training.devices import PRECISIONS, choose, set_determinism
 from rediffuse.words import did_you_mean
 
 Pixels = UInt8[np.ndarray, "count channels height width"]
@@ -36,6 +44,7 @@ class Model:
     network: nn.Module
     class_names: tuple[str, ...]
     device: torch.device
+    precision: torch.dtype = torch.float32
     trusted: tuple[str, ...] | None = None
 
 
@@ -96,6 +105,143 @@ def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...
         for x in states(model, how, batch):
             pass
         yield batch.images, to_uint8(x, data.mean, data.std).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `rediffuse sample` was asked for; None leaves it as the run's configuration says."""
+
+    root: Path | None = None
+    count: int | None = None
+    seeds: str | None = None
+    seed: int = 0
+    class_name: str | None = None
+    guidance: float | None = None
+    solver: str | None = None
+    grid: str | None = None
+    steps: int | None = None
+    clip: bool | None = None
+    weights: str = "average"
+    checkpoint: str = "latest"
+    batch_size: int = 64
+    output_dir: Path | None = None
+    film: bool = False
+    device: str = "auto"
+    trust: tuple[str, ...] = ()
+
+
+def sample(word: str, options: Options) -> int:
+    """Draw images from a run into a folder: a PNG each, a grid, a manifest. Return the exit code.
+
+    Raises:
+        RediffuseError: if the run, its checkpoint or what is asked for cannot be used.
+    """
+    run = runs.find_run(runs.runs_root(options.root), word)
+    model, step, weights = load(run, options)
+    how = wanted(model.config.sampling, options)
+    images = image_numbers(options.seeds, options.count)
+    classes = classes_for(images, model.class_names, options.class_name)
+    job = Job(images, classes, options.seed, options.batch_size)
+    folder = options.output_dir or run.samples / _job_name(step, how, job)
+    drawn = []
+    with tqdm(total=len(images), unit="img", disable=not sys.stderr.isatty()) as bar:
+        for numbers, pixels in draw(model, how, job):
+            for j, image in zip(numbers, pixels, strict=True):
+                save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
+            drawn.append(pixels)
+            bar.update(len(numbers))
+    columns = columns_for(len(images), model.class_names if options.class_name is None else ())
+    picture = save_png(grid(np.concatenate(drawn), columns), folder / "grid.png")
+    facts = {
+        "run": run.id,
+        "checkpoint": step,
+        "weights": weights,
+        "seed": job.seed,
+        "images": [
+            {"image": j, "file": f"{j:06d}.png", "class": _class_name(model, job, k)}
+            for k, j in enumerate(images)
+        ],
+        "sampling": how.model_dump(),
+        "device": str(model.device),
+        "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
+    }
+    save_manifest(folder, facts)
+    if options.film:
+        save_film(model, how, job, folder / "film.gif")
+    print(f"{len(images)} images from {weights} weights at {step}: {folder}")
+    print(f"  grid  {picture}")
+    return 0
+
+
+def load(run: Run, options: Options) -> tuple[Model, str, str]:
+    """Build a run's network from its own configuration, with the weights asked for.
+
+    Raises:
+        RediffuseError: if there is no such checkpoint, or it does not verify.
+    """
+    config = checked(read_yaml(run.config))
+    build.check(config, options.trust)
+    device = choose(options.device).device
+    set_determinism(config.determinism, device, config.threads if device.type == "cpu" else None)
+    names = tuple(json.loads(run.environment.read_text())["data"]["class_names"])
+    network = build.network(config, len(names), options.trust)
+    chosen = _checkpoint(run, options.checkpoint)
+    which = options.weights if config.average.half_life_images else "raw"
+    checkpoint.load_weights(network, chosen, which)
+    precision = PRECISIONS[config.training.precision]
+    model = Model(config, network.to(device), names, device, precision, options.trust)
+    return model, chosen.name, which
+
+
+def wanted(how: Sampling, options: Options) -> Sampling:
+    """The run's way of sampling with what was asked for in its place."""
+    changes: dict[str, Any] = {}
+    for axis in ("solver", "grid"):
+        if words := (getattr(options, axis) or "").split():
+            arguments = dict(typed_values(words[1:]))
+            changes[axis] = Part(name=words[0], **arguments)
+    if options.guidance is not None:
+        changes["guidance"] = Part(name=how.guidance.name, scale=options.guidance)
+    for name in ("steps", "clip"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
+    return how.model_copy(update=changes)
+
+
+def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
+    """Which images: `0-63`, `3,5,8`, a count from 0 on, or 64.
+
+    Raises:
+        ConfigError: for what is not a list of numbers or ranges.
+    """
+    if seeds is None:
+        return tuple(range(count or 64))
+    numbers: list[int] = []
+    for part in seeds.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--seeds {seeds}: expected numbers and ranges, such as 0-63 or 3,5,8")
+        numbers += range(int(first), int(last or first) + 1)
+        if len(numbers) > _MOST_IMAGES:
+            raise ConfigError(f"--seeds {seeds}: more than {_MOST_IMAGES:,} images in one job")
+    if not numbers or (count is not None and count != len(numbers)):
+        raise ConfigError(f"--seeds {seeds} names {len(numbers)} images, --n {count}")
+    return tuple(numbers)
+
+
+_MOST_IMAGES = 10_000_000
+
+
+def save_film(model: Model, how: Sampling, job: Job, file: Path, most: int = 16) -> None:
+    """Write the way from noise to data of the first few images as a GIF."""
+    classes = job.classes[:most] if job.classes is not None else None
+    few = Job(job.images[:most], classes, job.seed, most)
+    data = model.config.data
+    frames = [
+        grid(to_uint8(x, data.mean, data.std).cpu().numpy()) for x in states(model, how, few)
+    ]
+    first, *rest = (Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames)
+    first.save(file, save_all=True, append_images=rest, duration=80, loop=0)
 
 
 def grid(images: Pixels, columns: int | None = None, gap: int = 2) -> UInt8[np.ndarray, "h w c"]:
@@ -167,3 +313,28 @@ def pixel_range(mean: float | list[float], std: float | list[float]) -> tuple[Te
     """Where black and white lie in the model's range, per channel."""
     m, s = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (mean, std))
     return (0 - m) / s, (1 - m) / s
+
+
+def _checkpoint(run: Run, which: str) -> Path:
+    """Latest, best, or the step of that number."""
+    if which == "latest":
+        found = checkpoint.newest(run.checkpoints, print)
+    elif which == "best":
+        found = checkpoint.best(run.checkpoints)
+    else:
+        found = run.checkpoints / f"step-{int(which):08d}" if which.isdigit() else None
+    there = checkpoint.checkpoints(run.checkpoints)
+    if found not in there or found is None:
+        names = ", ".join(c.name for c in there) or "none yet"
+        raise CheckpointError(f"run {run.id} has no checkpoint '{which}'; it has {names}")
+    return found
+
+
+def _job_name(step: str, how: Sampling, job: Job) -> str:
+    asked = json.dumps([how.model_dump(mode="json"), job.images, job.classes, job.seed])
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    return f"{step}-{how.solver.name}-{how.steps}-{digest}"
+
+
+def _class_name(model: Model, job: Job, k: int) -> str | None:
+    return model.class_names[job.classes[k]] if job.classes is not None else None

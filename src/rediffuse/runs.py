@@ -1,4 +1,4 @@
-"""A run is a directory named by its id; the id, or an unambiguous beginning of it, is enough to find it."""
+"""A run is a directory named by its id; the id, or an unambiguous beginning of it, finds it."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +29,11 @@ _ID, _WORD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{6,32}")
 
 
 class Record(BaseModel):
-    """What `run.json` holds. `created` is UTC, ISO 8601; `images_seen` is that of the newest checkpoint."""
+    """What `run.json` holds.
+
+    `created` is UTC in ISO 8601; `images_seen` is that of the newest checkpoint; `drift` lists what
+    resumed processes changed, `{"images_seen": 1280, "training.learning_rate": [2e-4, 1e-4]}`.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -40,6 +44,7 @@ class Record(BaseModel):
     parent: str | None = None
     images_seen: int = 0
     command: tuple[str, ...] = ()
+    drift: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,22 @@ class Run:
             raise RunError(f"{path} belongs to run {record.id}; a run's directory keeps its name")
         return record
 
-    def update(self, **changes: Any) -> Record:
-        """Change fields of `run.json`, atomically; hold the run's lock."""
-        record = Record.model_validate({**self.read().model_dump(), **changes})
-        _write(self.directory, record)
+    def update(self, *, status: Status | None = None, images_seen: int | None = None) -> Record:
+        """Change what is given in `run.json`, atomically; hold the run's lock."""
+        changes = {"status": status, "images_seen": images_seen}
+        return self._change({key: new for key, new in changes.items() if new is not None})
+
+    def note_drift(self, changes: Mapping[str, tuple[Any, Any]], images_seen: int) -> Record:
+        """Add to `run.json` what was changed on the way, old and new; hold the run's lock."""
+        if not changes:
+            return self.read()
+        return self._change(
+            {"drift": (*self.read().drift, {"images_seen": images_seen, **changes})}
+        )
+
+    def _change(self, changes: Mapping[str, Any]) -> Record:
+        record = self.read().model_copy(update=changes)
+        _write(self, record)
         return record
 
 
@@ -131,23 +148,23 @@ def create(
     parent: str | None = None,
     command: Sequence[str] = (),
 ) -> Run:
-    """Make a run's directory, complete with its record or not at all; without an id it gets a new one.
+    """Make a run's directory and record; without an id it gets a new one.
 
     Raises:
         RunError: if there is such a run already.
     """
-    run = Run(root / (run_id or uuid4().hex))
-    if not _ID.fullmatch(run.id):
-        raise RunError(f"a run id is 32 hex digits, not {run.id!r}")
+    run_id = run_id or uuid4().hex
+    if not _ID.fullmatch(run_id):
+        raise RunError(f"a run id is 32 hex digits (0-9, a-f), not {run_id!r}")
+    run = Run(root / run_id)
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    record = Record(id=run.id, name=name, created=created, parent=parent, command=tuple(command))
-    unfinished = root / f".{run.id}"
-    (unfinished / "logs").mkdir(parents=True)
-    _write(unfinished, record)
+    record = Record(id=run_id, name=name, created=created, parent=parent, command=tuple(command))
     try:
-        unfinished.rename(run.directory)
-    except OSError:
+        run.directory.mkdir(parents=True)
+    except FileExistsError:
         raise RunError(f"{run.directory} exists already; a run is created once") from None
+    run.logs.mkdir()
+    _write(run, record)
     return run
 
 
@@ -161,12 +178,12 @@ def find_run(root: Path, word: str) -> Run:
         raise RunError(
             f"{word!r} is not a run id: give its 32 hex digits (0-9, a-f), or the first 6 or more"
         )
-    runs = list_runs(root)
-    found = [run for run in runs if run.id.startswith(word)]
+    found = [run for run in _runs_in(root) if run.id.startswith(word)]
     if len(found) == 1:
         return found[0]
     if found:
         raise RunError(f"'{word}' fits {len(found)} runs: {_named(found)}; give more digits")
+    runs = list_runs(root)
     others = f"the newest there are {_named(runs)}" if runs else "there are no runs"
     raise RunError(
         f"no run '{word}' in {root}; {others} (another place: --root or $REDIFFUSE_ROOT)"
@@ -174,15 +191,8 @@ def find_run(root: Path, word: str) -> Run:
 
 
 def list_runs(root: Path) -> list[Run]:
-    """All runs below `root`, newest first; those whose record cannot be read come last."""
-    if not root.is_dir():
-        return []
-    runs = [
-        Run(Path(entry.path))
-        for entry in os.scandir(root)
-        if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-    ]
-    return sorted(runs, key=_created, reverse=True)
+    """List the runs in `root`, newest first; those whose record cannot be read come last."""
+    return sorted(_runs_in(root), key=_created, reverse=True)
 
 
 @contextmanager
@@ -192,22 +202,19 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         RunError: if another process is, naming its host and process id.
     """
-    lock = FileLock(run.directory / ".lock")
     try:
-        lock.acquire(timeout=_LOCK_S, poll_interval=_LOCK_S / 10)
+        held = FileLock(run.directory / ".lock").acquire(timeout=_LOCK_S, poll_interval=0.05)
     except Timeout:
-        raise RunError(f"run {run.id} is in use by {_owner(run)}; wait for it or end it") from None
-    try:
-        owner = (
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%F %T} UTC"
-        )
+        owner = _first_line(run.directory / ".owner") or "another process"
+        raise RunError(f"run {run.id} is in use by {owner}; wait for it or end it") from None
+    with held:
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
         write_atomically(run.directory / ".owner", owner.encode())
         yield
-    finally:
-        lock.release()
 
 
-# Long enough that a look at the status, which takes the lock for an instant, does not turn a writer away.
+# A look at the status holds the lock for an instant, which must not turn a writer away.
 _LOCK_S = 0.5
 
 
@@ -220,19 +227,18 @@ def status_now(run: Run) -> str:
 def environment() -> dict[str, Any]:
     """Describe code, packages and machine, as far as they can be known; takes a second or so."""
     return {
-        "rediffuse": metadata.version("rediffuse"),
         "git": _git(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {
             found.name: found.version
-            for found in sorted(metadata.distributions(), key=lambda found: found.name.lower())
+            for found in sorted(metadata.distributions(), key=lambda found: str(found.name))
         },
         "torch": {
             "version": torch.__version__,
             "build": torch.__config__.show().splitlines(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
@@ -281,8 +287,16 @@ def _first_line(path: Path) -> str | None:
         return None
 
 
-def _write(directory: Path, record: Record) -> None:
-    write_atomically(directory / "run.json", record.model_dump_json(indent=2).encode())
+def _write(run: Run, record: Record) -> None:
+    write_atomically(run.directory / "run.json", record.model_dump_json(indent=2).encode())
+
+
+def _runs_in(root: Path) -> list[Run]:
+    """Directories whose name is an id; a link may point anywhere, so it is none."""
+    if not root.is_dir():
+        return []
+    entries = (e for e in os.scandir(root) if e.is_dir(follow_symlinks=False))
+    return [Run(root / entry.name) for entry in entries if _ID.fullmatch(entry.name)]
 
 
 def _created(run: Run) -> str:
@@ -296,13 +310,9 @@ def _named(runs: Sequence[Run]) -> str:
     return ", ".join(run.id for run in runs[:4]) + (", ..." if len(runs) > 4 else "")
 
 
-def _owner(run: Run) -> str:
-    return _first_line(run.directory / ".owner") or "another process"
-
-
 def _is_free(run: Run) -> bool:
     try:
         with FileLock(run.directory / ".lock").acquire(blocking=False):
             return True
-    except Timeout:
+    except (Timeout, OSError):  # OSError: somebody else's run, on which we may not write
         return False

@@ -18,6 +18,7 @@ from rediffuse.cli import options
 @click.option("--solver", help="ancestral, ddim, dpmpp_2m, euler, heun; or 'heun churn=40'.")
 @click.option("--grid", help="Where it stops: trailing, karras, log_snr.")
 @click.option("--steps", type=click.IntRange(1), help="How many stops.")
+@click.option("--clip/--no-clip", default=None, help="Hold x_0 in the range of pixels.")
 @click.option("--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True)
 @click.option("--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number.")
 @click.option("--batch-size", "--batch_size", type=click.IntRange(1), default=64, show_default=True)
@@ -36,6 +37,7 @@ def sample(run_id: str | None, option: str | None, **how: object) -> int:
     rediffuse sample 3f2a91 --n 16 --class cat --guidance 3
     rediffuse sample 3f2a91 --seeds 0-63 --solver heun --steps 18
     """
-    from rediffuse import launch
+    from rediffuse import gallery
 
-    return launch.sample(options.run_argument(run_id, option), launch.SampleOptions(**how))  # type: ignore[arg-type]
+    asked = gallery.Options(**how)  # type: ignore[arg-type]
+    return gallery.sample(options.run_argument(run_id, option), asked)

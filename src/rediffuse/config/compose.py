@@ -28,7 +28,7 @@ def compose(words: Sequence[str], file: Path | None = None) -> Config:
     Raises:
         ConfigError: for an unknown key, a wrong value or a combination that cannot work.
     """
-    typed = list(_overrides(words))
+    typed = typed_values(words)
     from_file = read_yaml(file) if file else {}
     groups = _groups()
     choices = {k: v for k, v in from_file.items() if k in groups and isinstance(v, str)}
@@ -37,6 +37,15 @@ def compose(words: Sequence[str], file: Path | None = None) -> Config:
     _merge(tree, {k: v for k, v in from_file.items() if k not in choices})
     set_values(tree, [(key, value) for key, value in typed if key not in choices])
     return checked(tree)
+
+
+def typed_values(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """`key=value` and `--key value` words as (key, value), read by Hydra's grammar.
+
+    Raises:
+        ConfigError: for a word that is neither.
+    """
+    return list(_overrides(words))
 
 
 def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
@@ -173,7 +182,6 @@ _Floats.add_implicit_resolver(
 
 
 def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """`key=value` and `--key value` words as (key, value), read by Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

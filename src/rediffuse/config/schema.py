@@ -48,6 +48,11 @@ class Data(Part):
     on_device: bool | Literal["auto"] = "auto"
     workers: Literal[0, 1] = 1
 
+    @property
+    def source(self) -> Part:
+        """The source alone, with its own arguments."""
+        return Part(name=self.name, **self.arguments)
+
 
 class Training(Section):
     """How long, how fast, how exact, and how often something is looked at."""
@@ -85,6 +90,12 @@ class Training(Section):
         return self
 
 
+class Rate(Part):
+    """How the learning rate changes; `horizon_images` None is the length planned at the start."""
+
+    horizon_images: PositiveInt | None = None
+
+
 class Average(Section):
     """An exponential moving average of the weights; null half-life: none is kept."""
 
@@ -105,7 +116,7 @@ class Sampling(Section):
 class Tracking(Section):
     """Where copies of the run's metrics go, beside the run's own files."""
 
-    trackers: list[str] = []
+    trackers: list[Literal["mlflow", "tensorboard"]] = []
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
 
 
@@ -126,7 +137,7 @@ class Config(Section):
     data: Data
     training: Training
     optimizer: Part
-    rate: Part
+    rate: Rate
     average: Average
     sampling: Sampling
     tracking: Tracking

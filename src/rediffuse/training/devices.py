@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -22,13 +24,12 @@ class Devices:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def mean_over_ranks(self, tensors: list[Tensor]) -> None:
-        """Average tensors over all ranks, in place, in one message."""
+    def sum_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Add tensors up over all ranks, in place, in one message."""
         if self.ranks == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        flat /= self.ranks
         sizes = [tensor.numel() for tensor in tensors]
         for tensor, part in zip(tensors, flat.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))

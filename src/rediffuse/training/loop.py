@@ -11,6 +11,9 @@ from rediffuse.training.step import Recipe, train_step
 Hook = Callable[[TrainState, dict[str, Tensor]], None]
 
 
+DONE = "done"
+
+
 class Stop(Exception):
     """Raised by a hook to end training after this step, with the reason that people read."""
 
@@ -24,7 +27,7 @@ def train(
 ) -> str:
     """Train until `images` images have been seen, or a hook stops it; return why it ended."""
     if state.images_seen >= images:
-        return "done"
+        return DONE
     for batches in steps:
         metrics = train_step(recipe, state, batches)
         try:
@@ -34,7 +37,7 @@ def train(
             return str(stop)
         if state.images_seen >= images:
             break
-    return "done"
+    return DONE
 
 
 def every(images: int, batch_size: int, hook: Hook) -> Hook:

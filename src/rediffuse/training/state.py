@@ -17,7 +17,6 @@ _BINS = len(BIN_EDGES) + 1
 class Sums:
     """Running sums of losses since some point; they stay on the device until somebody reads them."""
 
-    images: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     bin_loss: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
     bin_images: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
@@ -27,18 +26,21 @@ class Sums:
         """The sums of one batch: a loss and a noise level per image."""
         bins = torch.bucketize(half_log_snr.float().cpu(), torch.tensor(BIN_EDGES))
         one_hot = torch.nn.functional.one_hot(bins, _BINS).to(losses)
-        return cls(len(losses), losses.sum(), losses @ one_hot, one_hot.sum(dim=0))
+        return cls(losses.sum(), losses @ one_hot, one_hot.sum(dim=0))
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, to be added up over ranks in place."""
+        return [self.loss, self.bin_loss, self.bin_images]
 
     def add(self, more: "Sums") -> None:
         """Add another's sums, on its device."""
-        self.images += more.images
         self.loss = self.loss.to(more.loss.device) + more.loss
         self.bin_loss = self.bin_loss.to(more.bin_loss.device) + more.bin_loss
         self.bin_images = self.bin_images.to(more.bin_images.device) + more.bin_images
 
     def means(self) -> dict[str, float]:
         """The mean loss, over all noise levels and in each bin that saw an image."""
-        means = {"loss": self.loss.item() / max(1, self.images)}
+        means = {"loss": self.loss.item() / max(1.0, self.bin_images.sum().item())}
         edges = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES), "inf")
         sums = zip(self.bin_loss.tolist(), self.bin_images.tolist(), strict=True)
         for i, (loss, images) in enumerate(sums):
@@ -49,7 +51,6 @@ class Sums:
     def as_json(self) -> dict[str, Any]:
         """Plain numbers, exact."""
         return {
-            "images": self.images,
             "loss": self.loss.item(),
             "bin_loss": self.bin_loss.tolist(),
             "bin_images": self.bin_images.tolist(),
@@ -59,7 +60,7 @@ class Sums:
     def from_json(cls, saved: dict[str, Any]) -> "Sums":
         """Undo `as_json`."""
         names = ("loss", "bin_loss", "bin_images")
-        return cls(saved["images"], *(torch.tensor(saved[name]) for name in names))
+        return cls(*(torch.tensor(saved[name]) for name in names))
 
 
 @dataclass

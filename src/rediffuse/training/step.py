@@ -57,7 +57,7 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     state.optimizer.zero_grad(set_to_none=True)
     loss, sums = accumulate(recipe, state, batches)
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
-    recipe.devices.mean_over_ranks([*gradients, loss])
+    recipe.devices.sum_over_ranks([*gradients, loss, *sums.tensors()])
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -80,7 +80,7 @@ def accumulate(
     total, sums = torch.zeros((), device=recipe.devices.device), Sums()
     for batch in batches:
         losses, t = batch_losses(recipe, batch)
-        loss = losses.sum() * (recipe.devices.ranks / recipe.batch_size)  # ranks are averaged later
+        loss = losses.sum() / recipe.batch_size
         (state.scaler.scale(loss) if state.scaler else loss).backward()
         total += loss.detach()
         sums.add(Sums.of(losses.detach(), recipe.denoiser.schedule(t).half_log_snr))

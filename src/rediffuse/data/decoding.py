@@ -1,0 +1,102 @@
+"""From any picture file to a square of uint8."""
+
+import stat
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rediffuse.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_FILE_BYTES = 50_000_000
+MAX_PIXELS = 64_000_000
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_TOO_MANY = f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels"
+
+
+def read(path: Path) -> Image.Image:
+    """Decode the first frame of a PNG, JPEG or WebP file, turned upright as its EXIF data says.
+
+    Raises:
+        DataError: giving the reason alone, if it is not a regular file, if it is too large, which is
+            judged before anything is decoded, or if it is broken.
+    """
+    try:
+        return _read(path)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError("there is no such file, or it is a link that leads nowhere") from None
+    except UnidentifiedImageError:
+        raise DataError("it is not a PNG, JPEG or WebP image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(_TOO_MANY) from None
+    except Exception as broken:  # Pillow raises whatever its decoders stumble over
+        raise DataError(f"it is broken ({' '.join(str(broken).split())})") from None
+
+
+def _read(path: Path) -> Image.Image:
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise DataError("it is not a regular file")
+    if facts.st_size > MAX_FILE_BYTES:
+        raise DataError(f"it has more than {MAX_FILE_BYTES / 1e6:.0f} MB")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(_TOO_MANY)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def to_square(
+    image: Image.Image,
+    image_size: int,
+    channels: int,
+    fit: Literal["crop", "pad"] = "crop",
+    fill: int = 0,
+) -> UInt8[np.ndarray, "channel size size"]:
+    """Make a picture `image_size` pixels wide and high: luminance (1 channel), RGB (3) or RGBA (4).
+
+    `crop` keeps the central square, `pad` keeps everything and fills what is missing with `fill`
+    (0 .. 255). What is transparent shows white, unless alpha is kept. Resampling is Pillow's antialiased
+    Lanczos filter, as for EDM's data (Karras et al. 2022); a picture that fits keeps its pixels.
+    """
+    image = _in_mode(image, _MODES[channels])
+    square = _central(image) if fit == "crop" else image
+    if max(square.size) != image_size:
+        scale = image_size / max(square.size)
+        size = (max(1, round(square.width * scale)), max(1, round(square.height * scale)))
+        square = square.resize(size, Image.Resampling.LANCZOS)
+    if square.size != (image_size, image_size):
+        square = _padded(square, image_size, fill)
+    pixels = np.asarray(square).reshape(image_size, image_size, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
+        grey = (np.asarray(image) / 257).round().clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    if mode != "RGBA" and image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _central(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _padded(image: Image.Image, size: int, fill: int) -> Image.Image:
+    canvas = Image.new(image.mode, (size, size), (fill,) * len(image.getbands()))
+    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return canvas

@@ -1,0 +1,114 @@
+"""Data sets that torchvision knows how to download."""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rediffuse.data.sources import ArrayExamples, Source, identity_of
+from rediffuse.errors import DataError
+
+MNIST_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def idx_source(
+    folder: Path,
+    files: Mapping[str, tuple[str, str]],
+    class_names: tuple[str, ...],
+    download: Callable[[], object],
+    adapt: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = lambda x, y: (x, y),
+) -> Source:
+    """Read parts of images and labels in the IDX format of LeCun et al. 1998, plain or gzipped.
+
+    They are downloaded if there are none to train on; a part other than "train" may be missing.
+
+    Raises:
+        DataError: if the files are missing and cannot be downloaded, or are damaged.
+    """
+    if not _all_found(folder, files["train"]):
+        _fetch(download, folder, [name for pair in files.values() for name in pair])
+    found = {part: paths for part, pair in files.items() if (paths := _all_found(folder, pair))}
+    parts = {
+        part: ArrayExamples(*adapt(*_images_and_labels(*paths)), part)
+        for part, paths in found.items()
+    }
+    used = [(path.name, path) for paths in found.values() for path in paths]
+    return Source(class_names, parts, identity_of(used, *class_names))
+
+
+def cifar_source(data_set: Any, root: str | Path) -> Source:
+    """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision's class.
+
+    Their files are pickles, which can hold code; torchvision opens only those of the published MD5.
+
+    Raises:
+        DataError: if the files are missing or damaged and cannot be downloaded.
+    """
+    folder = Path(root) / data_set.base_folder
+    try:
+        train = data_set(root, train=True)
+    except RuntimeError:
+        names = [name for name, _ in (*data_set.train_list, *data_set.test_list)]
+        _fetch(lambda: data_set(root, download=True), folder, [*names, data_set.meta["filename"]])
+        train = data_set(root, train=True)
+    parts = {
+        part: ArrayExamples(found.data, np.asarray(found.targets), part)
+        for part, found in (("train", train), ("test", data_set(root, train=False)))
+    }
+    files = [(path.name, path) for path in sorted(folder.iterdir())]
+    return Source(tuple(train.classes), parts, identity_of(files))
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read one IDX file of unsigned bytes.
+
+    Raises:
+        DataError: if it is damaged or of another kind.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as broken:
+        raise DataError(f"{path} cannot be read ({broken}); delete it to get it anew") from None
+    if raw[:3] != b"\0\0\x08":
+        raise DataError(f"{path} is not an IDX file of bytes; delete it to get it anew")
+    start = 4 + 4 * raw[3]
+    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, start, 4)]
+    if len(raw) - start != math.prod(shape):
+        raise DataError(
+            f"{path} has {len(raw) - start} bytes of data where its header says "
+            f"{math.prod(shape)}; delete it to get it anew"
+        )
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _images_and_labels(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
+    pixels, classes = read_idx(images), read_idx(labels)
+    if pixels.ndim != 3 or classes.shape != pixels.shape[:1]:
+        raise DataError(f"{images} has shape {pixels.shape}, but {labels} has {classes.shape}")
+    return pixels, classes
+
+
+def _all_found(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of these names, plain or gzipped; none unless all are there."""
+    found = [
+        next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+        for name in names
+    ]
+    return [path for path in found if path] if all(found) else []
+
+
+def _fetch(download: Callable[[], object], folder: Path, names: Sequence[str]) -> None:
+    try:
+        download()
+    except (OSError, RuntimeError, EOFError) as failed:
+        raise DataError(
+            f"{folder} lacks files, and the download failed ({' '.join(str(failed).split())[:200]}); "
+            f"put {', '.join(names)} into {folder}, or set data.root to where they are"
+        ) from failed

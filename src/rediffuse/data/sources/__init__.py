@@ -1,0 +1,75 @@
+"""Sources: functions that find images and labels, one file each, and decode them one at a time."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+
+class Example(NamedTuple):
+    """One decoded image, the number of its class (None: without), and a name for messages."""
+
+    image: Image.Image
+    label: int | None
+    name: str
+
+
+class Broken(NamedTuple):
+    """An image that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+class Examples(Protocol):
+    """The images of one part. Items are asked for from many threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Example | Broken: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by part: "train" and, where there are any, "validation" and "test".
+
+    `identity` is a digest of where the images come from, cheap to make, that changes when they do.
+    """
+
+    class_names: tuple[str, ...]
+    parts: Mapping[str, Examples]
+    identity: str
+
+
+@dataclass(frozen=True)
+class ArrayExamples:
+    """Images that lie in an array: `[n, height, width]` or `[n, height, width, 3]`, uint8."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    part: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Example:
+        return Example(
+            Image.fromarray(self.images[row]), int(self.labels[row]), f"{self.part}/{row}"
+        )
+
+
+def identity_of(files: Iterable[tuple[str, str | os.PathLike[str]]], *settings: str) -> str:
+    """Digest names, sizes and times of change of (name, path) pairs, and what else matters."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, path in files:
+        try:
+            facts = os.stat(path)
+            seen = f"{facts.st_size} {facts.st_mtime_ns}"
+        except OSError as error:  # a link that leads nowhere is found out when it is read
+            seen = f"error {error.errno}"
+        digest.update(os.fsencode(f"{name}\0{seen}\n"))
+    return digest.hexdigest()

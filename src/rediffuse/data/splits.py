@@ -1,0 +1,21 @@
+"""Which images are held out: the same ones in every run."""
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from rediffuse.randomness import Stream, permuted
+
+
+def split(
+    length: int, fraction: float
+) -> tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " held_out"]]:
+    """Row numbers to train on, ascending, and a `fraction` of [0, length) to hold out.
+
+    The choice depends on `length` alone, never on a run's seed, and a larger fraction contains a
+    smaller one. At least one row is held out unless `fraction` is 0. What is held out comes in random
+    order, so that its first rows are a fair sample of it; a `fraction` of 1 shuffles a whole part.
+    """
+    order = permuted(torch.arange(length), length, seed=0, epoch=0, stream=Stream.SPLIT).numpy()
+    count = max(round(fraction * length), int(fraction > 0))
+    return np.sort(order[count:]), order[:count]

@@ -1,0 +1,78 @@
+"""From a configuration to packed images, and which of them are for what."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from rediffuse import build
+from rediffuse.config.schema import Data
+from rediffuse.data.packing import Packed, Part, pack
+from rediffuse.data.splits import split
+
+Rows = Int64[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set, ready to train on: which rows of which part are seen, and which are held out."""
+
+    packed: Packed
+    train_rows: Rows
+    held_out: Part | None
+    held_out_rows: Rows
+    class_names: tuple[str, ...]  # empty where there are no classes, or they are not used
+
+    @property
+    def per_epoch(self) -> int:
+        """How many images an epoch has."""
+        return len(self.train_rows)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run remembers of its data: enough to sample, and to notice when it has changed."""
+        return {
+            "fingerprint": self.packed.fingerprint,
+            "class_names": list(self.class_names),
+            "train_images": self.per_epoch,
+            "validation_images": len(self.held_out_rows),
+        }
+
+
+def prepare(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Images:
+    """Pack the images, or find them packed, and split off what is held out.
+
+    A source's own validation part is held out; without one, a keyed fraction of the training part is.
+
+    Raises:
+        DataError: if the images are missing, broken, or too few.
+    """
+    packed = pack_as(data, root, trusted)
+    train = packed.part("train")
+    if own := packed.parts.get("validation"):
+        rows, (_, held_out) = np.arange(len(train.images)), split(len(own.images), 1.0)
+        part: Part | None = own
+    else:
+        rows, held_out = split(len(train.images), data.validation_fraction)
+        part = train if len(held_out) else None
+    names = packed.class_names if data.use_labels and train.labels is not None else ()
+    return Images(packed, rows, part, held_out, names)
+
+
+def pack_as(
+    data: Data, root: Path, trusted: Sequence[str] | None = None, out: Path | None = None
+) -> Packed:
+    """Pack a source as the configuration says, below `root` in a folder named after how."""
+    source = build.bind("data", data.source, "data", trusted)()
+    settings = data.model_dump(include={"image_size", "channels", "fit"})
+    key = json.dumps({**data.source.model_dump(mode="json"), **settings}, sort_keys=True)
+    folder = out or root / "packed" / f"{data.name.rpartition('.')[2]}-{_short_digest(key)}"
+    return pack(source, folder, **settings)
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,226 @@
+"""`train` and `resume`: from a configuration to a trained run."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from rediffuse import build, runs
+from rediffuse.config.compose import (
+    changes,
+    checked,
+    dump_yaml,
+    read_yaml,
+    set_values,
+    typed_values,
+)
+from rediffuse.config.schema import Config
+from rediffuse.data.batches import Batches
+from rediffuse.errors import RunError
+from rediffuse.images import Images, prepare
+from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
+from rediffuse.runs import Run
+from rediffuse.session import Session, longer, planned_images, say, trackers_of
+from rediffuse.tracking import mlflow
+from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.training import checkpoint, hooks
+from rediffuse.training.average import Average
+from rediffuse.training.devices import PRECISIONS, Devices, choose, set_determinism
+from rediffuse.training.loop import train as loop
+from rediffuse.training.optimizers import parameter_groups
+from rediffuse.training.state import TrainState
+from rediffuse.training.step import Recipe
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def train(config: Config, *, root: Path | None = None, parent: str | None = None) -> int:
+    """Train a new run; return the exit code.
+
+    Raises:
+        RediffuseError: before anything is written, if the configuration or the images cannot work.
+    """
+    build.check(config)
+    home = runs.runs_root(root)
+    parent = runs.find_run(home, parent).id if parent else None
+    devices = choose(config.device)
+    exactness = set_determinism(config.determinism, devices.device, config.threads)
+    images = prepare(config.data, home)
+    config = _resolved(config, images, exactness)
+    state, recipe = _fresh(config, images, devices)
+    trackers_of(config, Run(home), parent)  # refused before there is a run
+    run = _created(config, home, parent, devices)
+    with _writing(run, devices):
+        if devices.is_main:
+            run.config.write_text(dump_yaml(config))
+            facts = {**runs.environment(), "rng_scheme": RNG_SCHEME, "data": images.facts()}
+            write_atomically(run.environment, json.dumps(facts, indent=1).encode())
+        return _go(run, config, images, recipe, state)
+
+
+def resume(
+    word: str, words: Sequence[str] = (), *, root: Path | None = None, trusted: Sequence[str] = ()
+) -> int:
+    """Go on with a run from its newest checkpoint that verifies; return the exit code.
+
+    Raises:
+        RediffuseError: if the run cannot be found, or cannot go on as asked.
+    """
+    run = runs.find_run(runs.runs_root(root), word)
+    old = load_config(run)
+    tree = old.model_dump()
+    set_values(tree, typed_values(words))
+    config = checked(tree)
+    drift = changes(old, config)
+    build.check(config, trusted)
+    devices = choose(config.device)
+    set_determinism(config.determinism, devices.device, config.threads)
+    images = prepare(config.data, run.directory.parent, trusted)
+    _check_same_images(run, images)
+    state, recipe = _fresh(config, images, devices, trusted)
+    with _writing(run, devices):
+        if newest := checkpoint.newest(run.checkpoints, say):
+            checkpoint.load_checkpoint(state, newest)
+        if state.images_seen >= planned_images(config, images.per_epoch):
+            say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
+            say(f"to go on: {longer(run, config)}")
+            return 0
+        if devices.is_main:
+            write_atomically(run.config, dump_yaml(config).encode())
+            run.note_drift(drift, state.images_seen)
+        return _go(run, config, images, recipe, state)
+
+
+def load_config(run: Run) -> Config:
+    """Read a run's own configuration, as data.
+
+    Raises:
+        RediffuseError: if it is missing or damaged.
+    """
+    return checked(read_yaml(run.config))
+
+
+def _resolved(config: Config, images: Images, exactness: str) -> Config:
+    """Write down what was left open: the learning rate's horizon, how exact, how many threads."""
+    horizon = config.rate.horizon_images or planned_images(config, images.per_epoch)
+    rate = config.rate.model_copy(update={"horizon_images": horizon})
+    threads = config.threads or torch.get_num_threads()
+    return config.model_copy(
+        update={"rate": rate, "determinism": exactness, "threads": threads}
+    )
+
+
+def _fresh(
+    config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None = None
+) -> tuple[TrainState, Recipe]:
+    """The state before the first step, and what every step does."""
+    training, classes = config.training, len(images.class_names)
+    with torch_seeded(config.seed, Stream.INITIALISATION):
+        network = build.network(config, classes, trusted)
+    network = network.to(devices.device)
+    optimizer = build.bind("optimizer", config.optimizer, "optimizer", trusted)
+    state = TrainState(
+        network,
+        optimizer(parameter_groups(network), training.learning_rate),
+        _average(config, network),
+        torch.amp.GradScaler(devices.device.type) if training.precision == "fp16" else None,
+    )
+    if training.compile:
+        network.compile()
+    rate = build.rate(config, trusted)
+    recipe = Recipe(
+        denoiser=build.denoiser(config, network, trusted),
+        weighting=build.bind("weighting", config.weighting, "weighting", trusted),
+        times=build.bind("times", config.times, "times", trusted),
+        seed=config.seed,
+        batch_size=training.batch_size,
+        learning_rate=lambda images: training.learning_rate * rate(images),
+        devices=devices,
+        clip_norm=training.clip_norm,
+        label_dropout=training.label_dropout,
+        null_class=classes or None,
+        precision=PRECISIONS[training.precision],
+        non_finite_limit=training.non_finite_limit,
+    )
+    return state, recipe
+
+
+def _average(config: Config, network: torch.nn.Module) -> Average | None:
+    half_life = config.average.half_life_images
+    if half_life is None:
+        return None
+    return Average(network, half_life_images=half_life, warm_up=config.average.warm_up)
+
+
+def _go(run: Run, config: Config, images: Images, recipe: Recipe, state: TrainState) -> int:
+    """Train to the planned length with everything that looks on; settle how the run ended."""
+    session = Session(run, config, images, recipe)
+    session.begin(state)
+    interrupts = hooks.Interrupts()
+    status = "FAILED"
+    try:
+        steps = _batches(config, images, recipe.devices).since(state.images_seen)
+        reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
+        session.save(state)
+        status = "KILLED" if interrupts.received else "FINISHED"
+    finally:
+        interrupts.close()
+        session.end(state, status)
+    session.farewell(state, reason)
+    return EXIT_CODES[interrupts.received.name] if interrupts.received else 0
+
+
+def _batches(config: Config, images: Images, devices: Devices) -> Batches:
+    data, train = config.data, images.packed.part("train")
+    on_device = data.on_device
+    if on_device == "auto":
+        on_device = devices.device.type == "cpu" or train.images.nbytes < _ON_DEVICE_BYTES
+    return Batches(
+        images=train.images,
+        labels=train.labels if images.class_names else None,
+        rows=images.train_rows,
+        seed=config.seed,
+        batch_size=config.training.batch_size,
+        micro_batches=config.training.accumulation,
+        rank=devices.rank,
+        ranks=devices.ranks,
+        flip=data.flip,
+        crop_padding=data.crop_padding,
+        mean=data.mean,
+        std=data.std,
+        device=devices.device,
+        on_device=on_device and devices.device.type != "cpu",
+        workers=data.workers,
+    )
+
+
+_ON_DEVICE_BYTES = 16 * 2**30
+
+
+def _created(config: Config, root: Path, parent: str | None, devices: Devices) -> Run:
+    """Make the run, under the id that MLflow gives it where MLflow is asked for; every rank gets the same."""
+    run_id = None
+    if devices.is_main and "mlflow" in config.tracking.trackers:
+        run_id = mlflow.create_run(root, config.tracking.experiment, config.name, say)
+    if devices.is_main:
+        run_id = runs.create(root, run_id, name=config.name, parent=parent, command=sys.argv).id
+    return Run(root / devices.agree(run_id))
+
+
+@contextmanager
+def _writing(run: Run, devices: Devices) -> Iterator[None]:
+    with runs.locked(run) if devices.is_main else nullcontext():
+        yield
+
+
+def _check_same_images(run: Run, images: Images) -> None:
+    known = json.loads(run.environment.read_text())["data"]
+    if known != images.facts():
+        differing = [key for key, value in images.facts().items() if known.get(key) != value]
+        raise RunError(
+            f"the images are not those that run {run.id} was trained on ({', '.join(differing)} "
+            "changed); restore them, or start a new run with parent_run_id"
+        )

@@ -1,0 +1,88 @@
+"""What `runs` and `show` tell."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rediffuse.config.compose import leaves, read_yaml
+from rediffuse.errors import RediffuseError
+from rediffuse.runs import Run, status_now
+from rediffuse.tracking.jsonl import read_metrics
+from rediffuse.training.checkpoint import best, checkpoints
+
+
+def brief(run: Run) -> dict[str, Any]:
+    """One row about a run; a damaged one is listed with what is wrong with it."""
+    try:
+        record = run.read()
+        rows = read_metrics(run.metrics)
+    except RediffuseError as refused:
+        return {"id": run.id, "name": None, "status": "damaged", "why": str(refused)}
+    return {
+        "id": run.id,
+        "name": record.name,
+        "status": status_now(run),
+        "created": record.created[:19],
+        "images": record.images_seen,
+        "loss": _last(rows, "loss"),
+        "held out": _last(rows, "validation/loss"),
+    }
+
+
+def full(run: Run) -> dict[str, Any]:
+    """Everything worth knowing about a run, as plain data."""
+    environment = json.loads(run.environment.read_text())
+    spared = best(run.checkpoints)
+    return {
+        **brief(run),
+        "directory": str(run.directory),
+        "parent": run.read().parent,
+        "command": list(run.read().command),
+        "checkpoints": [checkpoint.name for checkpoint in checkpoints(run.checkpoints)],
+        "best checkpoint": spared.name if spared else None,
+        "data": environment["data"],
+        "drift": [json.loads(line) for line in _lines(run)],
+        "code": environment["git"],
+        "torch": environment["torch"]["version"],
+        "config": leaves(read_yaml(run.config)),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print one line per run, as wide as the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "name", "status", "created", "images", "loss", "held out"):
+        right = name in {"images", "loss", "held out"}
+        table.add_column(name, justify="right" if right else "left", no_wrap=name == "id")
+    for row in rows:
+        shown = {**row, "id": row["id"][:12]}
+        table.add_row(*(_shown(shown.get(str(column.header))) for column in table.columns))
+    Console().print(table)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print a run's facts, one per line."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in leaves(facts).items():
+        if value not in (None, [], {}):
+            table.add_row(name, _shown(value))
+    Console().print(table)
+
+
+def _last(rows: list[dict[str, float]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return "" if value is None else f"{value:,}" if type(value) is int else str(value)
+
+
+def _lines(run: Run) -> list[str]:
+    drift = run.logs / "drift.jsonl"
+    return drift.read_text().splitlines() if drift.exists() else []

@@ -1,0 +1,210 @@
+"""What surrounds the loop in one process: what is recorded, shown, previewed and saved, and when."""
+
+import json
+import math
+import shlex
+from functools import partial
+
+import numpy as np
+import torch
+
+from rediffuse import gallery
+from rediffuse.config.schema import Config
+from rediffuse.data.batches import Batch, fixed
+from rediffuse.images import Images
+from rediffuse.runs import Run, Status
+from rediffuse.tracking import mlflow, tensorboard
+from rediffuse.tracking.console import Console
+from rediffuse.tracking.journal import Journal
+from rediffuse.tracking.jsonl import read_metrics, write_atomically
+from rediffuse.tracking.tracker import Tracker
+from rediffuse.training import checkpoint, hooks
+from rediffuse.training.loop import Hook, every
+from rediffuse.training.state import TrainState
+from rediffuse.training.step import Recipe
+
+
+class Session:
+    """One process' part of a run. Every rank measures; the first one writes and talks."""
+
+    def __init__(self, run: Run, config: Config, images: Images, recipe: Recipe) -> None:
+        self.run, self.config, self.images, self.recipe = run, config, images, recipe
+        self.planned = planned_images(config, images.per_epoch)
+        self._main = recipe.devices.is_main
+        self._validation = self._held_out()
+        self._last_preview: int | None = None
+
+    def begin(self, state: TrainState) -> None:
+        """Open the record where the state is, and say what is going to happen."""
+        if not self._main:
+            return
+        parent = self.run.update(status="RUNNING").parent
+        trackers = trackers_of(self.config, self.run, parent)
+        self._journal = Journal(self.run.directory, trackers, self.config.model_dump(), say)
+        self._journal.start(state.images_seen)
+        self._announce(state)
+        self._console = Console(self.planned, state.images_seen)
+
+    def hooks(self) -> list[Hook]:
+        """Everything that looks on, in order: what reads the state before what saves it."""
+        training, size = self.config.training, self.config.training.batch_size
+        epoch = self.images.per_epoch
+        now_and_then = max(epoch, self.planned // 20)
+        when = partial(every, batch_size=size)
+        looking: list[Hook] = [
+            when(training.log_every_images or 50 * size, hook=hooks.log(self._record)),
+            when(epoch, hook=hooks.log_epoch(self._record, epoch)),
+        ]
+        if self._validation:
+            check = hooks.validate(self.recipe, self._validation, self._record)
+            looking.append(when(training.validate_every_images or now_and_then, hook=check))
+        if self._main:
+            previews = training.preview_every_images or now_and_then
+            saves = training.checkpoint_every_images or now_and_then
+            if training.previews:
+                looking.append(when(previews, hook=lambda state, _: self.preview(state)))
+            looking.append(when(saves, hook=lambda state, _: self.save(state)))
+        if training.early_stopping_checks and self._validation:
+            looking.append(hooks.stop_early(training.early_stopping_checks))
+        if training.stop_after_images:
+            looking.append(hooks.stop_after(training.stop_after_images))
+        return looking
+
+    def save(self, state: TrainState) -> None:
+        """Commit a checkpoint, unless this very step has one, and let old ones go."""
+        step = state.images_seen // self.config.training.batch_size
+        folder = self.run.checkpoints
+        saved = checkpoint.checkpoints(folder)
+        if not self._main or (saved and saved[-1].name == f"step-{step:08d}"):
+            return
+        checkpoint.save_checkpoint(state, folder, step)
+        checkpoint.retain(folder, self.config.training.keep_checkpoints)
+        self.run.update(images_seen=state.images_seen)
+
+    def preview(self, state: TrainState) -> None:
+        """Draw the same images as every time, from the averaged weights, into one picture."""
+        if not self._main or self._last_preview == state.images_seen:
+            return
+        count, names = self.config.training.preview_count, self.images.class_names
+        numbers = tuple(range(count))
+        model = gallery.Model(
+            self.config, state.sampler, names, self.recipe.devices.device, self.recipe.precision
+        )
+        job = gallery.Job(numbers, gallery.classes_for(numbers, names), batch_size=count)
+        pixels = np.concatenate([drawn for _, drawn in gallery.draw(model, self.config.sampling, job)])
+        picture = gallery.grid(pixels, gallery.columns_for(count, names))
+        self.picture = self._journal.images("preview", picture, state.images_seen)
+        self._last_preview = state.images_seen
+
+    def end(self, state: TrainState, status: Status) -> None:
+        """Settle the record, however training ended."""
+        if not self._main:
+            return
+        self._console.close()
+        if status == "FINISHED" and state.images_seen >= self.planned:
+            self.preview(state)
+        self._write_epochs()
+        self.run.update(status=status)
+        newest = checkpoint.checkpoints(self.run.checkpoints)[-1:]
+        weights = [c / "average.safetensors" for c in newest if status == "FINISHED"]
+        for file in (self.run.config, self.run.environment, self.run.epochs, *weights):
+            if file.exists():
+                self._journal.artifact(file, state.images_seen)
+        self._journal.close(status)
+
+    def farewell(self, state: TrainState, reason: str) -> None:
+        """Say how it ended, and how to go on."""
+        if not self._main:
+            return
+        run = self.run
+        say(f"{reason} at {state.images_seen:,} of {self.planned:,} images: run {run.id}")
+        if self._last_preview is not None:
+            say(f"  images  {self.picture}")
+        say(f"  metrics {run.epochs}")
+        going_on = f"rediffuse resume {run.id}"
+        say(f"  resume  {longer(run, self.config) if state.images_seen >= self.planned else going_on}")
+        say(f"  sample  rediffuse sample {run.id}")
+
+    def _announce(self, state: TrainState) -> None:
+        run, training = self.run, self.config.training
+        weights = sum(p.numel() for p in state.network.parameters())
+        began = f"from {state.images_seen:,} " if state.images_seen else ""
+        until = f"{began}to {self.planned:,} images ({self.planned / self.images.per_epoch:.4g} epochs)"
+        if training.stop_after_images:
+            until += f", stopping at {training.stop_after_images:,}"
+        say(f"run     {run.id}")
+        say(f"in      {run.directory}")
+        say(f"model   {weights:,} parameters on {self.recipe.devices.device}, {self.config.determinism}")
+        say(f"trains  {until}")
+        say(f"resume  rediffuse resume {run.id}")
+        say(f"sample  rediffuse sample {run.id}")
+
+    def _record(self, values: dict[str, float], images_seen: int) -> None:
+        if not self._main:
+            return
+        self._journal.metrics(values, images_seen)
+        shown = {name.replace("validation/loss", "held out"): values[name] for name in values}
+        self._console.metrics(
+            {name: shown[name] for name in ("loss", "held out") if name in shown}, images_seen
+        )
+
+    def _held_out(self) -> list[Batch]:
+        part, data = self.images.held_out, self.config.data
+        if part is None:
+            return []
+        return fixed(
+            part.images,
+            part.labels if self.images.class_names else None,
+            self.images.held_out_rows,
+            count=self.config.training.validation_images,
+            batch_size=self.config.training.batch_size,
+            mean=data.mean,
+            std=data.std,
+            device=self.recipe.devices.device,
+        )
+
+    def _write_epochs(self) -> None:
+        rows = [row for row in read_metrics(self.run.metrics) if "epoch" in row]
+        epochs = [
+            {"epoch": int(row["epoch"]), "images": row["images"], "loss": row["epoch/loss"]}
+            for row in rows
+        ]
+        write_atomically(self.run.epochs, json.dumps(epochs, indent=1).encode())
+
+
+def trackers_of(config: Config, run: Run, parent: str | None) -> list[Tracker]:
+    """The trackers that a run asks for; nothing is reached or written yet.
+
+    Raises:
+        ConfigError: if one is not installed.
+    """
+    place = (run.directory, config.tracking.experiment, config.name, parent)
+    return [_TRACKERS[name](*place) for name in config.tracking.trackers]
+
+
+def planned_images(config: Config, per_epoch: int) -> int:
+    """How many images the run is meant to see."""
+    if config.training.images is not None:
+        return config.training.images
+    assert config.training.epochs is not None
+    return math.ceil(config.training.epochs * per_epoch)
+
+
+def longer(run: Run, config: Config) -> str:
+    """The command that makes a finished run go on for as long again."""
+    training = config.training
+    if training.epochs is not None:
+        return f"rediffuse resume {run.id} training.epochs={2 * training.epochs:g}"
+    assert training.images is not None
+    return f"rediffuse resume {run.id} training.images={2 * training.images}"
+
+
+def say(line: str) -> None:
+    """Tell the user one line; a closed terminal is no reason to stop."""
+    try:
+        print(line, flush=True)
+    except (BrokenPipeError, ValueError):
+        pass
+
+
+_TRACKERS = {"mlflow": mlflow.tracker, "tensorboard": tensorboard.tracker}

@@ -1,0 +1,109 @@
+"""One JSON object per line: `metrics.jsonl`, the source of truth of a run.
+
+A line is `{"images": 1280, "time": 1790000000.0, "loss": 0.1}`. JSON has no word for what is not
+finite: such values are the strings "nan", "inf" and "-inf", and are read back as floats.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from rediffuse.errors import RunError
+from rediffuse.tracking.tracker import Number, Row
+
+
+def append_metrics(path: Path, values: Mapping[str, Number], images_seen: int) -> None:
+    """Append one row, which a kill of this process can no longer lose.
+
+    Raises:
+        ValueError: if a metric is called `images` or `time`, which every row has already.
+    """
+    if taken := {"images", "time"} & values.keys():
+        raise ValueError(f"a metric cannot be called '{taken.pop()}', which every row has already")
+    numbers = {key: float(value) for key, value in values.items()}
+    append(path, images_seen, {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()})
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Read all complete rows; a run that has not written any yet has none.
+
+    Raises:
+        RunError: if a line is not what `append_metrics` writes.
+    """
+    return [row for row, _ in metrics_since(path, 0)]
+
+
+def metrics_since(path: Path, position: int) -> Iterator[tuple[Row, int]]:
+    """Yield the rows from a byte position on, each with the position after it."""
+    for line, end in lines_since(path, position):
+        try:
+            numbers = {key: float(value) for key, value in line.items()}
+            yield numbers | {"images": int(line["images"])}, end
+        except (KeyError, TypeError, ValueError):
+            raise RunError(f"{path}: the line before byte {end} is not a row of metrics") from None
+
+
+def cut_back(path: Path, images_seen: int | None) -> None:
+    """Drop a last line that was torn by a kill, and all lines of more than `images_seen` images."""
+    if not path.exists():
+        return
+    lines = [line for line, _ in lines_since(path, 0)]
+    kept = lines if images_seen is None else [ln for ln in lines if ln["images"] <= images_seen]
+    content = "".join(map(_encoded, kept)).encode()
+    if len(content) != path.stat().st_size:
+        write_atomically(path, content)
+
+
+def append(path: Path, images_seen: int, fields: Mapping[str, Any]) -> None:
+    """Append one line with the images seen and the time, in one write."""
+    line = _encoded({"images": images_seen, "time": round(time.time(), 3), **fields})
+    with open(path, "ab") as file:
+        file.write(line.encode())
+
+
+def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the complete lines from a byte position on, each with the position after it."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        file.seek(position)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            position += len(line)
+            yield _decoded(path, line, position), position
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by another of the same name, so that a reader sees either and never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # mkstemp would not respect the umask
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encoded(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def _decoded(path: Path, line: bytes, end: int) -> dict[str, Any]:
+    try:
+        decoded = json.loads(line)
+    except ValueError:
+        decoded = None
+    fields = decoded if isinstance(decoded, dict) else {}
+    if not isinstance(fields.get("images"), int) or not isinstance(fields.get("time"), float):
+        raise RunError(
+            f"{path}: the line before byte {end} is damaged; restore or delete that line"
+        )
+    return fields

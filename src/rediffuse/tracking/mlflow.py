@@ -1,0 +1,152 @@
+"""MLflow, through explicit ids only: no active run, nothing in the working directory.
+
+The store is `$MLFLOW_TRACKING_URI` where that is set, else `<root>/mlflow.db`, with artifacts in
+`<root>/mlflow-artifacts`. Importing MLflow takes seconds, so it happens at first use.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock
+
+from rediffuse.tracking.tracker import Row, Say, in_one_line
+
+# MLflow's own limits per call and per value.
+METRICS_AT_ONCE, PARAMS_AT_ONCE, PARAM_LENGTH, KEY_LENGTH = 1000, 100, 6000, 250
+
+# With MLflow's defaults an unreachable server blocks a call for minutes. The rest is for a clean
+# console and no telemetry.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def create_run(root: Path, experiment: str, name: str | None, say: Say) -> str:
+    """Create a run and return its id, 32 hex digits, which then names everything.
+
+    Where the store cannot be reached the run gets an id of its own, and the user is told.
+    """
+    try:
+        client, experiment_id = _connect(root, experiment)
+        run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+    except Exception as failure:
+        say(f"mlflow: {in_one_line(failure)} (the run goes on without it, and is sent later)")
+        return uuid4().hex
+    return run_id
+
+
+def tracker(directory: Path, experiment: str, name: str | None, parent: str | None) -> "Mlflow":
+    """Copy the run in `<root>/<run id>` to MLflow."""
+    return Mlflow(directory, experiment, name, parent)
+
+
+class Mlflow:
+    """A `Tracker` for one run of an MLflow experiment; steps are images seen."""
+
+    name = "mlflow"
+
+    def __init__(
+        self, directory: Path, experiment: str, name: str | None, parent: str | None
+    ) -> None:
+        self._directory, self._experiment, self._name = directory, experiment, name
+        self._tags = {"rediffuse.run_id": directory.name, "rediffuse.directory": str(directory)}
+        if parent:
+            self._tags |= {"mlflow.parentRunId": parent}
+        self._client: Any = None
+        self._id = directory.name
+
+    def open(self, params: Mapping[str, Any]) -> None:
+        """Set the run RUNNING; parameters are written once, later ones are tags `drift.<name>`."""
+        from mlflow.entities import Param, RunTag
+
+        self._client, experiment_id = _connect(self._directory.parent, self._experiment)
+        run = self._find(experiment_id)
+        self._id = run.info.run_id
+        self._client.update_run(self._id, status="RUNNING")
+        wanted = {_key(key): str(value)[:PARAM_LENGTH] for key, value in params.items()}
+        known = run.data.params
+        drift = {f"drift.{k}": v for k, v in wanted.items() if known.get(k, v) != v}
+        tags = [RunTag(key, value) for key, value in (self._tags | drift).items()]
+        self._client.log_batch(self._id, tags=tags)
+        fresh = [Param(key, value) for key, value in wanted.items() if key not in known]
+        for some in _chunks(fresh, PARAMS_AT_ONCE):
+            self._client.log_batch(self._id, params=some)
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        """Send rows; MLflow drops a point of the same name, step, time and value as one it has."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(_key(key), value, int(row["time"] * 1000), int(row["images"]))
+            for row in rows
+            for key, value in row.items()
+            if key not in ("images", "time")
+        ]
+        for some in _chunks(points, METRICS_AT_ONCE):
+            self._client.log_batch(self._id, metrics=some)
+
+    def artifact(self, path: Path, name: str, images_seen: int) -> None:
+        """Copy a file under the name it has in the run."""
+        folder = Path(name).parent.as_posix()
+        self._client.log_artifact(self._id, str(path), None if folder == "." else folder)
+
+    def close(self, status: str) -> None:
+        """End the run."""
+        self._client.set_terminated(self._id, status)
+
+    def _find(self, experiment_id: str) -> Any:
+        """MLflow's run: of our id, or made later for a run that started without MLflow."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(self._directory.name)
+        except MlflowException as failure:
+            if failure.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        ours = f"tags.`rediffuse.run_id` = '{self._directory.name}'"
+        found = self._client.search_runs([experiment_id], ours, max_results=1)
+        return (
+            found[0]
+            if found
+            else self._client.create_run(experiment_id, tags=self._tags, run_name=self._name)
+        )
+
+
+def _connect(root: Path, experiment: str) -> tuple[Any, str]:
+    """A client and the id of the experiment, both made if need be.
+
+    Processes that meet on an empty root would all migrate the database at once, and break it for
+    good; hence the lock.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow.tracking import MlflowClient
+
+    root = root.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    artifacts = None if uri.startswith("http") else (root / "mlflow-artifacts").as_uri()
+    with FileLock(root / ".mlflow.lock", timeout=120):
+        client = MlflowClient(uri, registry_uri=uri)
+        known = client.get_experiment_by_name(experiment)
+        if known is not None:
+            return client, known.experiment_id
+        return client, client.create_experiment(experiment, artifact_location=artifacts)
+
+
+def _key(name: str) -> str:
+    """MLflow allows letters, digits and `_-. :/` in names."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:KEY_LENGTH]
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

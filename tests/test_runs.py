@@ -1,0 +1,251 @@
+"""Run directories: looked up by id, written by one process at a time, never half-made."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rediffuse import runs
+from rediffuse.errors import RunError
+from rediffuse.runs import Run, create, environment, find_run, list_runs, locked, status_now
+
+A, B, C = "abcdef0" + "1" * 25, "abcdef0" + "2" * 25, "123456" + "3" * 26
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three runs, two of which begin alike."""
+    for run_id in (A, B, C):
+        create(tmp_path, run_id)
+    return tmp_path
+
+
+@contextmanager
+def owner(run: Run) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the run's lock until it is ended."""
+    code = (
+        "import sys; from pathlib import Path; from rediffuse.runs import Run, locked\n"
+        "with locked(Run(Path(sys.argv[1]))): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run.directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("length", [6, 7, 20, 32])
+def test_an_id_or_an_unambiguous_beginning_of_it_finds_the_run(root, length):
+    assert find_run(root, C[:length]) == Run(root / C)
+
+
+def test_an_ambiguous_beginning_is_refused_and_names_what_it_fits(root):
+    with pytest.raises(RunError, match=r"fits 2 runs.*more digits") as refused:
+        find_run(root, A[:7])
+    assert A in str(refused.value)
+    assert B in str(refused.value)
+
+
+def test_an_unknown_run_is_refused_and_names_the_newest_ones(root):
+    with pytest.raises(RunError, match=f"no run 'ffffff' in {re.escape(str(root))}.*{C}"):
+        find_run(root, "ffffff")
+
+
+def test_an_empty_root_says_that_there_are_no_runs(tmp_path):
+    with pytest.raises(RunError, match="there are no runs"):
+        find_run(tmp_path / "nowhere", "ffffff")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "word", ["", "12345", "../../etc", "ABCDEF", A + "0", C[:6] + "\n", "123456/", "12345g"]
+)
+def test_a_word_that_cannot_be_an_id_is_refused_before_any_path_is_touched(monkeypatch, word):
+    monkeypatch.setattr(os, "scandir", lambda path: pytest.fail(f"looked into {path}"))
+    with pytest.raises(RunError, match="is not a run id"):
+        find_run(Path("/"), word)
+
+
+def test_links_and_other_folders_are_not_runs(root, tmp_path_factory):
+    elsewhere = create(tmp_path_factory.mktemp("elsewhere"), "f" * 32)
+    (root / elsewhere.id).symlink_to(elsewhere.directory)
+    (root / "datasets").mkdir()
+    (root / ("e" * 32)).write_text("a file")
+    assert {run.id for run in list_runs(root)} == {A, B, C}
+
+
+def test_runs_are_listed_newest_first_and_damaged_ones_last(root):
+    for run_id, day in ((B, 1), (A, 2)):
+        path = root / run_id / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"created": f"2020-01-0{day}"}))
+    (root / C / "run.json").write_text("{")
+    assert [run.id for run in list_runs(root)] == [A, B, C]
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path):
+    run = create(tmp_path, name="ö", parent=A, command=["train", "seed=1"])
+    assert re.fullmatch("[0-9a-f]{32}", run.id)
+    record = run.read()
+    assert record.id == run.id
+    assert (record.name, record.parent, record.command) == ("ö", A, ("train", "seed=1"))
+    assert (record.status, record.images_seen) == ("RUNNING", 0)
+    updated = run.update(status="KILLED", images_seen=640)
+    assert updated == run.read()
+    assert updated == record.model_copy(update={"status": "KILLED", "images_seen": 640})
+
+
+def test_drift_is_kept_with_where_it_began(root):
+    run = Run(root / A)
+    run.note_drift({"training.learning_rate": (2e-4, 1e-4)}, 640)
+    run.note_drift({}, 1280)
+    run.note_drift({"seed": (1, 2)}, 1920)
+    assert run.read().drift == (
+        {"images_seen": 640, "training.learning_rate": [2e-4, 1e-4]},
+        {"images_seen": 1920, "seed": [1, 2]},
+    )
+
+
+def test_an_update_that_is_killed_half_way_leaves_the_old_record(root, monkeypatch):
+    run = Run(root / A)
+    before = run.read()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.update(status="FAILED")
+    assert run.read() == before
+    assert sorted(path.name for path in run.directory.iterdir()) == ["logs", "run.json"]
+
+
+def test_a_record_has_the_permissions_that_the_user_asked_for(root):
+    before = os.umask(0o027)
+    try:
+        Run(root / A).update(images_seen=1)
+    finally:
+        os.umask(before)
+    assert (root / A / "run.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "no run.json"),
+        ("{", "damaged: JSON"),
+        ('{"id": 7}', "damaged: id"),
+        (json.dumps({"id": A, "created": "2026", "status": "DONE"}), "damaged: status"),
+        (json.dumps({"id": B, "created": "2026"}), f"belongs to run {B}"),
+        (" " * 1_000_001, "larger than"),
+    ],
+)
+def test_a_record_that_is_not_one_is_refused_in_one_line(root, content, complaint):
+    path = root / A / "run.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunError, match=complaint) as refused:
+        Run(root / A).read()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_is_created_once_and_only_under_an_id(root):
+    with pytest.raises(RunError, match="exists already"):
+        create(root, A)
+    with pytest.raises(RunError, match="32 hex digits"):
+        create(root, "../" + A)
+
+
+def test_a_second_process_is_refused_and_told_who_the_first_is(root):
+    run = Run(root / A)
+    with owner(run) as process:
+        wanted = f"in use by process {process.pid} on {re.escape(socket.gethostname())}, since"
+        with pytest.raises(RunError, match=wanted), locked(run):
+            pass
+        assert status_now(run) == "RUNNING"
+
+
+def test_a_process_that_is_killed_leaves_the_run_free_and_stale(root):
+    run = Run(root / A)
+    with owner(run) as process:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert status_now(run) == "stale"
+        with locked(run):
+            assert status_now(run) == "RUNNING"
+
+
+def test_a_run_that_ended_has_the_status_of_its_record(root):
+    Run(root / A).update(status="FINISHED")
+    assert status_now(Run(root / A)) == "FINISHED"
+
+
+def test_the_lock_is_free_again_after_an_error_inside(root):
+    run = Run(root / A)
+    with pytest.raises(ZeroDivisionError), locked(run):
+        raise ZeroDivisionError
+    with locked(run):
+        pass
+
+
+def test_a_look_at_the_status_does_not_turn_a_writer_away(root):
+    run = Run(root / A)
+    looking = runs.FileLock(run.directory / ".lock", thread_local=False)
+    looking.acquire()
+    threading.Timer(0.1, looking.release).start()
+    with locked(run):
+        assert status_now(run) == "RUNNING"
+
+
+def test_the_root_is_the_option_else_the_environment_else_runs_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REDIFFUSE_ROOT", raising=False)
+    assert runs.runs_root(None) == tmp_path / "runs"
+    monkeypatch.setenv("REDIFFUSE_ROOT", "elsewhere")
+    assert runs.runs_root(None) == tmp_path / "elsewhere"
+    assert runs.runs_root(Path("here")) == tmp_path / "here"
+
+
+def test_the_environment_names_the_commit_and_notices_every_change(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    assert environment()["git"] is None
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("a = 1\n")
+    git("add", ".")
+    git("commit", "-qm", "begin")
+    clean = environment()["git"]
+    assert (clean["commit"], clean["dirty"]) == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "a.py").write_text("a = 2\n")
+    dirty = environment()["git"]
+    assert dirty["dirty"] is True
+    assert dirty["diff_sha256"] != clean["diff_sha256"]
+
+
+def test_the_environment_is_plain_json_and_names_the_packages():
+    facts = json.loads(json.dumps(environment()))
+    assert facts["packages"]["numpy"] == np.__version__
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["torch"]["threads"] == torch.get_num_threads()
+    assert facts["cpu"]["count"] == os.cpu_count()

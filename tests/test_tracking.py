@@ -1,0 +1,492 @@
+"""Metrics are safe in the run's own files; trackers get each of them once, whatever happens."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rediffuse.errors import ConfigError, RunError
+from rediffuse.tracking import feeder, mlflow, tensorboard
+from rediffuse.tracking.console import Console
+from rediffuse.tracking.feeder import is_behind
+from rediffuse.tracking.journal import Journal, replay
+from rediffuse.tracking.jsonl import append_metrics, cut_back, read_metrics
+from rediffuse.tracking.tracker import Row, Tracker
+
+# MLflow's own tables, as the newest SQLAlchemy sees them.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+GRIDS = {c: np.random.default_rng(c).integers(0, 256, (4, 6, c), np.uint8) for c in (1, 3, 4)}
+
+
+class Memory:
+    """A tracker in memory that fails as often as it is told, and then works."""
+
+    name = "memory"
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.calls: list[str] = []
+        self.points: list[tuple[str, int, float]] = []
+        self.files: list[tuple[str, bytes]] = []
+
+    def _work(self, call: str) -> None:
+        self.calls.append(call)
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("no route to host\nand a long story")
+
+    def open(self, params: Mapping[str, Any]) -> None:
+        self._work(f"open {dict(params)}")
+
+    def metrics(self, rows: Sequence[Row]) -> None:
+        self._work("metrics")
+        self.points += points(rows)
+
+    def artifact(self, path: Path, name: str, images_seen: int) -> None:
+        self._work(f"artifact {images_seen}")
+        self.files.append((name, path.read_bytes()))
+
+    def close(self, status: str) -> None:
+        self._work(f"close {status}")
+
+
+class Hanging(Memory):
+    """A tracker that answers only when the test is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+
+    def open(self, params: Mapping[str, Any]) -> None:
+        self.let_go.wait(30)
+
+
+def points(rows: Sequence[Row]) -> list[tuple[str, int, float]]:
+    """Every metric of every row: its name, images seen and value."""
+    return [
+        (key, int(row["images"]), value)
+        for row in rows
+        for key, value in row.items()
+        if key not in ("images", "time")
+    ]
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    """What the user was told."""
+    return []
+
+
+@pytest.fixture
+def journal(tmp_path: Path, lines: list[str], monkeypatch) -> Callable[..., Journal]:
+    """Journals of one run that flush without delay."""
+    monkeypatch.setattr(feeder, "FLUSH_S", 0.01)
+    return lambda *trackers: Journal(tmp_path, trackers, {"seed": 0}, lines.append)
+
+
+# The file
+
+
+def test_rows_are_read_back_as_they_were_written_and_are_strict_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    values = {"loss": 0.1, "a/b": float("nan"), "up": float("inf"), "down": float("-inf")}
+    append_metrics(path, values, 1280)
+    append_metrics(path, {"loss": 1e-300}, 1281)
+    first, second = read_metrics(path)
+    np.testing.assert_equal(
+        {k: v for k, v in first.items() if k != "time"}, values | {"images": 1280}
+    )
+    assert (second["images"], second["loss"]) == (1281, 1e-300)
+    assert 0 <= time.time() - first["time"] < 60
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_run_without_metrics_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_line_torn_at_any_byte_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for images in (10, 20):
+        append_metrics(path, {"loss": images / 7}, images)
+    whole, complete = path.read_bytes(), read_metrics(path)
+    for size in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:size])
+        assert read_metrics(path) == complete[:1]
+        cut_back(path, 20)
+        append_metrics(path, {"loss": 0.5}, 30)
+        assert [row["images"] for row in read_metrics(path)] == [10, 30]
+
+
+@pytest.mark.parametrize("images_seen", [0, 10, 15, 30, 99])
+def test_cut_back_keeps_the_rows_up_to_the_restored_point(tmp_path, images_seen):
+    path = tmp_path / "metrics.jsonl"
+    for images in (10, 10, 20, 30):
+        append_metrics(path, {"loss": 0.1 * images}, images)
+    before = read_metrics(path)
+    cut_back(path, images_seen)
+    assert read_metrics(path) == [row for row in before if row["images"] <= images_seen]
+
+
+def test_a_damaged_line_is_refused_in_one_line_that_names_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for damage in (
+        '{"images": 1, "loss"',
+        "[1]",
+        '{"loss": 1}',
+        '{"images": 1, "time": 0.5, "a": []}',
+    ):
+        path.write_text(damage + "\n")
+        with pytest.raises(RunError, match=r"metrics.jsonl: the line before byte \d+ is"):
+            read_metrics(path)
+
+
+@pytest.mark.parametrize("name", ["images", "time"])
+def test_a_metric_cannot_take_the_name_of_a_field(tmp_path, name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        append_metrics(tmp_path / "metrics.jsonl", {name: 1.0}, 1)
+
+
+# The feeder
+
+
+@pytest.mark.parametrize("failures", [0, 1, 4])
+def test_a_tracker_that_fails_at_first_gets_everything_once(journal, lines, tmp_path, failures):
+    tracker = Memory(failures)
+    run = journal(tracker)
+    run.start(0)
+    for images in range(0, 1280, 128):
+        run.metrics({"loss": images / 3, "rate": 1e-3}, images)
+        run.images("preview", GRIDS[3], images)
+    assert run.close("FINISHED", timeout_s=20.0)
+    assert tracker.points == points(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [name for name, _ in tracker.files] == [
+        f"samples/preview-{images:010d}.png" for images in range(0, 1280, 128)
+    ]
+    assert tracker.calls[0] == "open {'seed': 0}"
+    assert tracker.calls[-1] == "close FINISHED"
+    told = "memory: no route to host (nothing is lost; trying again)"
+    assert lines == [told] * bool(failures)
+    assert not is_behind(tmp_path, "memory")
+
+
+def test_a_tracker_that_hangs_neither_slows_training_nor_holds_its_end(journal, lines, tmp_path):
+    hanging, working = Hanging(), Memory()
+    working.name = "working"
+    run = journal(hanging, working)
+    run.start(0)
+    began = time.monotonic()
+    for images in range(100):
+        run.metrics({"loss": 1.0}, images)
+    assert not run.close("FINISHED", timeout_s=1.0)
+    assert time.monotonic() - began < 3.0
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(working.points) == 100
+    assert is_behind(tmp_path, "memory")
+    assert not is_behind(tmp_path, "working")
+    assert [line.split(":")[0] for line in lines] == ["memory"]
+    hanging.let_go.set()
+
+
+def test_what_a_tracker_missed_is_sent_by_a_later_process_once(journal, lines, tmp_path):
+    broken = Memory(failures=10**9)
+    run = journal(broken)
+    run.start(0)
+    run.metrics({"loss": 1.0}, 1)
+    run.images("preview", GRIDS[1], 1)
+    assert not run.close("KILLED", timeout_s=0.1)
+    for late in (Memory(), Memory()):
+        assert replay(tmp_path, [late], {}, lines.append, "KILLED", timeout_s=20.0)
+        seen = [tmp_path / "samples/preview-0000000001.png"] if late.calls[1:-1] else []
+        assert late.points == points(read_metrics(tmp_path / "metrics.jsonl"))[: len(seen)]
+        assert [content for _, content in late.files] == [path.read_bytes() for path in seen]
+    assert late.calls == ["open {}", "close KILLED"]
+
+
+def test_training_that_went_back_sends_only_what_is_new(journal, tmp_path):
+    first, second = Memory(), Memory()
+    run = journal(first)
+    run.start(0)
+    for images in (10, 20, 30):
+        run.metrics({"loss": images / 7}, images)
+    assert run.close("KILLED", timeout_s=20.0)
+    run = journal(second)
+    run.start(10)
+    for images in (20, 30, 40):
+        run.metrics({"loss": images / 7}, images)
+        run.metrics({"validation": images / 3}, images)
+    assert run.close("FINISHED", timeout_s=20.0)
+    both = first.points + second.points
+    assert sorted(both) == sorted(points(read_metrics(tmp_path / "metrics.jsonl")))
+    assert ("loss", 30, 30 / 7) not in second.points
+
+
+def test_a_damaged_book_of_deliveries_stops_the_copies_and_not_the_training(
+    journal, lines, tmp_path
+):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "memory.json").write_text('{"sent": 1}')
+    run = journal(Memory())
+    run.start(0)
+    run.metrics({"loss": 1.0}, 1)
+    assert not run.close("FINISHED", timeout_s=0.2)
+    assert "memory.json is damaged; delete it" in lines[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_picture_is_the_same_in_the_run_and_in_the_tracker(journal, tmp_path, channels):
+    tracker, grid = Memory(), GRIDS[channels]
+    run = journal(tracker)
+    run.start(0)
+    path = run.images("preview", grid, 7)
+    assert run.close("FINISHED", timeout_s=20.0)
+    assert (np.asarray(Image.open(path)).reshape(grid.shape) == grid).all()
+    assert tracker.files == [(path.relative_to(tmp_path).as_posix(), path.read_bytes())]
+
+
+def test_no_file_from_outside_of_the_run_is_ever_sent(journal, tmp_path, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.txt"
+    secret.write_text("secret")
+    run = journal(Memory())
+    with pytest.raises(ValueError, match="secret"):
+        run.artifact(secret, 1)
+    (tmp_path / "link").symlink_to(secret)
+    (tmp_path / "logs").mkdir()
+    listed = [str(secret), f"../{secret.parent.name}/secret.txt", "link", "gone.png"]
+    (tmp_path / "logs" / "artifacts.jsonl").write_text(
+        "".join(json.dumps({"images": 1, "time": 0.5, "file": name}) + "\n" for name in listed)
+    )
+    late = Memory()
+    assert replay(tmp_path, [late], {}, print, "FINISHED", timeout_s=20.0)
+    assert late.files == []
+
+
+# MLflow
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> tuple[Path, list[str]]:
+    """An empty root on which three processes met, and the runs that they were killed in."""
+    root = tmp_path_factory.mktemp("runs")
+    return root, killed_runs(root, tmp_path_factory.mktemp("cwd"), 3)
+
+
+def killed_runs(root: Path, cwd: Path, count: int) -> list[str]:
+    """Start processes at once that create a run and are killed at 40 images; their run ids."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED_AT_40, str(root)],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [(p.returncode, error) for p, (_, error) in zip(processes, outputs, strict=True)] == [
+        (-signal.SIGKILL, "")
+    ] * count
+    assert list(cwd.iterdir()) == []
+    return [output.strip() for output, _ in outputs]
+
+
+KILLED_AT_40 = """
+import os, signal, sys
+from pathlib import Path
+from rediffuse.tracking import feeder, mlflow
+from rediffuse.tracking.journal import Journal
+root = Path(sys.argv[1])
+run_id = mlflow.create_run(root, "tests", "killed", print)
+(root / run_id).mkdir()
+feeder.FLUSH_S = 0.05
+tracker = mlflow.tracker(root / run_id, "tests", "killed", None)
+journal = Journal(root / run_id, [tracker], {"seed": 0, "deep": "x" * 10_000, "a@b": 1}, print)
+journal.start(0)
+for images in range(1, 41):
+    journal.metrics({"loss": images / 7, "grad norm@0": images / 3}, images)
+    if images == 20:
+        book = root / run_id / "logs" / "mlflow.json"
+        while not book.exists() or '"loss": 20' not in book.read_text():
+            pass
+print(run_id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def client(store, monkeypatch) -> Any:
+    """MLflow's own client on the store."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    connected, _ = mlflow._connect(store[0], "tests")
+    return connected
+
+
+def history(client: Any, run_id: str) -> list[tuple[str, int, float]]:
+    """Every point that MLflow has of a run."""
+    return [
+        (key, point.step, point.value)
+        for key in client.get_run(run_id).data.metrics
+        for point in client.get_metric_history(run_id, key)
+    ]
+
+
+def mlflow_of(run: Path) -> Tracker:
+    return mlflow.tracker(run, "tests", "killed", parent=None)
+
+
+def test_processes_that_meet_on_an_empty_root_all_get_a_run_of_one_experiment(store, client):
+    root, ids = store
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    assert len(set(ids)) == 3
+    assert {run.info.run_id for run in client.search_runs([experiment])} >= set(ids)
+    assert {run.info.experiment_id for run in map(client.get_run, ids)} == {experiment}
+    assert (root / "mlflow.db").is_file()
+
+
+@pytest.mark.slow
+def test_eight_processes_that_meet_on_an_empty_root_all_get_a_run(tmp_path):
+    (tmp_path / "cwd").mkdir()
+    assert len(set(killed_runs(tmp_path / "root", tmp_path / "cwd", 8))) == 8
+
+
+def test_after_a_kill_and_a_resume_mlflow_has_the_rows_of_the_run_each_once(store, client, lines):
+    root, ids = store
+    run = root / ids[0]
+    params = {"seed": 1, "deep": "x" * 10_000, "new": 2}
+    journal = Journal(run, [mlflow_of(run)], params, lines.append)
+    journal.start(15)
+    for images in range(16, 61):
+        journal.metrics({"loss": images / 7, "grad norm@0": images / 3}, images)
+    path = journal.images("preview", GRIDS[3], 60)
+    assert journal.close("FINISHED", timeout_s=60.0)
+
+    rows = [
+        (key.replace("@", "_"), *rest) for key, *rest in points(read_metrics(run / "metrics.jsonl"))
+    ]
+    assert sorted(history(client, ids[0])) == sorted(rows)
+    copied = client.get_run(ids[0])
+    assert copied.info.status == "FINISHED"
+    assert copied.data.params == {"seed": "0", "deep": "x" * 6000, "a_b": "1", "new": "2"}
+    assert copied.data.tags["drift.seed"] == "1"
+    assert copied.data.tags["rediffuse.directory"] == str(run)
+    assert "drift.deep" not in copied.data.tags
+    stored = client.download_artifacts(ids[0], "samples/" + path.name)
+    assert Path(stored).read_bytes() == path.read_bytes()
+    assert lines == []
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_mlflow_is_told_how_the_run_ended_and_when_it_goes_on(store, client, lines, status):
+    root, ids = store
+    tracker = mlflow_of(root / ids[1])
+    tracker.open({})
+    assert client.get_run(ids[1]).info.status == "RUNNING"
+    tracker.close(status)
+    assert client.get_run(ids[1]).info.status == status
+    assert replay(root / ids[1], [tracker], {}, lines.append, status, timeout_s=60.0)
+    assert client.get_run(ids[1]).info.status == status
+
+
+def test_non_finite_metrics_do_not_stop_mlflow(store, client, lines):
+    root, ids = store
+    run = root / ids[2]
+    append_metrics(run / "metrics.jsonl", {"bad": float("nan"), "worse": float("inf")}, 41)
+    assert replay(run, [mlflow_of(run)], {}, lines.append, "FAILED", timeout_s=60.0)
+    last = client.get_run(ids[2]).data.metrics
+    assert np.isnan(last["bad"])
+    assert last["worse"] == sys.float_info.max
+
+
+def test_a_run_that_began_without_its_server_is_sent_when_there_is_one(
+    store, client, lines, monkeypatch
+):
+    root, _ = store
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        run = root / mlflow.create_run(root, "tests", "alone", lines.append)
+        run.mkdir()
+        assert "goes on without it" in lines[0]
+        journal = Journal(run, [mlflow_of(run)], {"seed": 0}, lines.append)
+        journal.start(0)
+        journal.metrics({"loss": 0.5}, 10)
+        assert not journal.close("FINISHED", timeout_s=1.0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for _ in range(2):
+        assert replay(run, [mlflow_of(run)], {"seed": 0}, lines.append, "FINISHED", timeout_s=60.0)
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    ours = f"tags.`rediffuse.run_id` = '{run.name}'"
+    (sent,) = client.search_runs([experiment], ours)
+    assert history(client, sent.info.run_id) == [("loss", 10, 0.5)]
+    assert (sent.info.status, sent.info.run_name) == ("FINISHED", "killed")
+
+
+def test_a_server_that_never_answers_holds_nothing_up(tmp_path, lines, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        began = time.monotonic()
+        run = tmp_path / mlflow.create_run(tmp_path, "tests", None, lines.append)
+        run.mkdir()
+        journal = Journal(run, [mlflow_of(run)], {}, lines.append)
+        journal.start(0)
+        for images in range(100):
+            journal.metrics({"loss": 1.0}, images)
+        assert not journal.close("FINISHED", timeout_s=0.5)
+        assert time.monotonic() - began < 6.0
+    assert len(read_metrics(run / "metrics.jsonl")) == 100
+
+
+# TensorBoard and the console
+
+
+def test_without_its_package_tensorboard_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"install rediffuse\[tensorboard\]"):
+        tensorboard.tracker(tmp_path, "tests", None, None)
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_has_the_rows_of_the_run(tmp_path, journal):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = journal(tensorboard.tracker(tmp_path, "tests", None, None))
+    run.start(0)
+    for images in (10, 20):
+        run.metrics({"loss": images / 8}, images)
+    run.images("preview", GRIDS[3], 20)
+    assert run.close("FINISHED", timeout_s=60.0)
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 1.25), (20, 2.5)]
+    assert [e.step for e in events.Images("samples/preview")] == [20]
+
+
+def test_off_a_terminal_the_console_writes_whole_lines_now_and_then(capsys, monkeypatch):
+    now = iter(range(0, 1000, 6))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    console = Console(1000, 100)
+    for images in (200, 300, 400):
+        console.metrics({"loss": 0.25}, images)
+    console.close()
+    shown = capsys.readouterr().err
+    assert "300 of 1,000 images" in shown
+    assert "loss 0.25" in shown
+    assert "\r" not in shown
