@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,21 @@ GRIDS = {c: np.random.default_rng(c).integers(0, 256, (4, 6, c), np.uint8) for c
 
 
 class Memory:
-    """A tracker in memory that fails as often as it is told, and then works."""
+    """A tracker in memory; the calls numbered in `failing`, from 0 on, fail."""
 
     name = "memory"
 
-    def __init__(self, failures: int = 0) -> None:
-        self.failures = failures
+    def __init__(self, failing: Container[int] = ()) -> None:
+        self.failing = failing
+        self.failed = threading.Event()
         self.calls: list[str] = []
         self.points: list[tuple[str, int, float]] = []
         self.files: list[tuple[str, bytes]] = []
 
     def _work(self, call: str) -> None:
         self.calls.append(call)
-        if self.failures:
-            self.failures -= 1
+        if len(self.calls) - 1 in self.failing:
+            self.failed.set()
             raise ConnectionError("no route to host\nand a long story")
 
     def open(self, params: Mapping[str, Any]) -> None:
@@ -90,11 +92,16 @@ def lines() -> list[str]:
     return []
 
 
-@pytest.fixture
-def journal(tmp_path: Path, lines: list[str], monkeypatch) -> Callable[..., Journal]:
-    """Journals of one run that flush without delay."""
+@pytest.fixture(autouse=True)
+def flush_at_once(monkeypatch) -> None:
+    """Feeders do not wait before they deliver."""
     monkeypatch.setattr(feeder, "FLUSH_S", 0.01)
-    return lambda *trackers: Journal(tmp_path, trackers, {"seed": 0}, lines.append)
+
+
+@pytest.fixture
+def journal(tmp_path: Path, lines: list[str]) -> Callable[..., Journal]:
+    """Journals of one run."""
+    return lambda *trackers: Journal(tmp_path, trackers, {"a": {"b": 0}}, lines.append)
 
 
 # The file
@@ -164,9 +171,9 @@ def test_a_metric_cannot_take_the_name_of_a_field(tmp_path, name):
 # The feeder
 
 
-@pytest.mark.parametrize("failures", [0, 1, 4])
-def test_a_tracker_that_fails_at_first_gets_everything_once(journal, lines, tmp_path, failures):
-    tracker = Memory(failures)
+@pytest.mark.parametrize("failing", [(), (0, 1), (1,), (2,), (1, 3, 6, 13)])
+def test_a_tracker_that_fails_now_and_then_gets_everything_once(journal, lines, tmp_path, failing):
+    tracker = Memory(failing)
     run = journal(tracker)
     run.start(0)
     for images in range(0, 1280, 128):
@@ -177,10 +184,10 @@ def test_a_tracker_that_fails_at_first_gets_everything_once(journal, lines, tmp_
     assert [name for name, _ in tracker.files] == [
         f"samples/preview-{images:010d}.png" for images in range(0, 1280, 128)
     ]
-    assert tracker.calls[0] == "open {'seed': 0}"
+    assert tracker.calls[0] == "open {'a.b': 0}"
     assert tracker.calls[-1] == "close FINISHED"
     told = "memory: no route to host (nothing is lost; trying again)"
-    assert lines == [told] * bool(failures)
+    assert lines == [told] * bool(failing)
     assert not is_behind(tmp_path, "memory")
 
 
@@ -202,7 +209,7 @@ def test_a_tracker_that_hangs_neither_slows_training_nor_holds_its_end(journal, 
 
 
 def test_what_a_tracker_missed_is_sent_by_a_later_process_once(journal, lines, tmp_path):
-    broken = Memory(failures=10**9)
+    broken = Memory(failing=range(10**9))
     run = journal(broken)
     run.start(0)
     run.metrics({"loss": 1.0}, 1)
@@ -214,6 +221,19 @@ def test_what_a_tracker_missed_is_sent_by_a_later_process_once(journal, lines, t
         assert late.points == points(read_metrics(tmp_path / "metrics.jsonl"))[: len(seen)]
         assert [content for _, content in late.files] == [path.read_bytes() for path in seen]
     assert late.calls == ["open {}", "close KILLED"]
+
+
+def test_a_file_that_was_sent_is_not_sent_by_the_next_process(journal, lines, tmp_path):
+    first, second = Memory(failing=range(2, 10**9)), Memory()
+    run = journal(first)
+    run.start(0)
+    paths = [run.images("preview", GRIDS[3], images) for images in (1, 2)]
+    assert first.failed.wait(20)
+    assert not run.close("KILLED", timeout_s=0.1)
+    assert replay(tmp_path, [second], {}, lines.append, "KILLED", timeout_s=20.0)
+    assert [[name for name, _ in tracker.files] for tracker in (first, second)] == [
+        [path.relative_to(tmp_path).as_posix()] for path in paths
+    ]
 
 
 def test_training_that_went_back_sends_only_what_is_new(journal, tmp_path):
@@ -234,16 +254,16 @@ def test_training_that_went_back_sends_only_what_is_new(journal, tmp_path):
     assert ("loss", 30, 30 / 7) not in second.points
 
 
-def test_a_damaged_book_of_deliveries_stops_the_copies_and_not_the_training(
-    journal, lines, tmp_path
-):
+def test_a_damaged_book_of_deliveries_stops_the_copies_and_not_the_training(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "memory.json").write_text('{"sent": 1}')
-    run = journal(Memory())
+    told: Queue[str] = Queue()
+    run = Journal(tmp_path, [Memory()], {}, told.put)
     run.start(0)
     run.metrics({"loss": 1.0}, 1)
-    assert not run.close("FINISHED", timeout_s=0.2)
-    assert "memory.json is damaged; delete it" in lines[0]
+    assert "memory.json is damaged; delete it" in told.get(timeout=20)
+    assert not run.close("FINISHED", timeout_s=0.0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -280,7 +300,7 @@ def test_no_file_from_outside_of_the_run_is_ever_sent(journal, tmp_path, tmp_pat
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> tuple[Path, list[str]]:
     """An empty root on which three processes met, and the runs that they were killed in."""
-    root = tmp_path_factory.mktemp("runs")
+    root = tmp_path_factory.mktemp("runs") / "my runs #1"
     return root, killed_runs(root, tmp_path_factory.mktemp("cwd"), 3)
 
 
@@ -453,6 +473,13 @@ def test_a_server_that_never_answers_holds_nothing_up(tmp_path, lines, monkeypat
         assert not journal.close("FINISHED", timeout_s=0.5)
         assert time.monotonic() - began < 6.0
     assert len(read_metrics(run / "metrics.jsonl")) == 100
+
+
+def test_a_root_that_no_database_address_can_name_is_refused_in_words(tmp_path, lines, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.create_run(tmp_path / "100%", "tests", None, lines.append)
+    assert "choose a root without % and ?" in lines[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 # TensorBoard and the console

@@ -23,16 +23,13 @@ def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> Stops:
     first, last = (-_ends(schedule, "karras")).exp()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     ratio = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
-    return _settled(schedule, _then_data(schedule.time(-ratio.log())))
+    return _at_half_log_snr(schedule, -ratio.log())
 
 
 def log_snr(schedule: Schedule, steps: int) -> Stops:
     """ln(α/σ) in even steps, then data (Lu et al. 2022, Sec. 3.3)."""
     first, last = _ends(schedule, "log_snr").tolist()
-    return _settled(
-        schedule,
-        _then_data(schedule.time(torch.linspace(first, last, steps, dtype=torch.float64))),
-    )
+    return _at_half_log_snr(schedule, torch.linspace(first, last, steps, dtype=torch.float64))
 
 
 def _ends(schedule: Schedule, name: str) -> Tensor:
@@ -44,6 +41,13 @@ def _ends(schedule: Schedule, name: str) -> Tensor:
             "schedule (α = 0); use grid=trailing"
         )
     return half_log_snr
+
+
+def _at_half_log_snr(schedule: Schedule, half_log_snr: Tensor) -> Tensor:
+    """Read the clock at each λ, then data; the ends are exact, since a solver asks whether s >= t_min."""
+    times = schedule.time(half_log_snr)
+    times[-1], times[0] = schedule.t_min, schedule.t_max  # in this order: one step starts at the noise
+    return _settled(schedule, _then_data(times))
 
 
 def _then_data(times: Tensor) -> Tensor:

@@ -47,7 +47,12 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
-    exactness = set_determinism(config.determinism, devices.device, config.threads)
+    exactness = set_determinism(
+        config.determinism,
+        devices.device,
+        config.threads,
+        compiled=config.training.compile,
+    )
     images = prepare(config.data, home)
     config = _resolved(config, images, exactness)
     state, recipe = _fresh(config, images, devices)
@@ -77,7 +82,9 @@ def resume(
     drift = changes(old, config)
     build.check(config, trusted)
     devices = choose(config.device)
-    set_determinism(config.determinism, devices.device, config.threads)
+    set_determinism(
+        config.determinism, devices.device, config.threads, compiled=config.training.compile
+    )
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
     state, recipe = _fresh(config, images, devices, trusted)

@@ -5,7 +5,7 @@ else follows from those two numbers, for the discrete chain of Ho et al. 2020 as
 `t` is now and `s < t` is next. Times and scales are float64; `expand` casts them at the point of use.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -28,6 +28,7 @@ class Scales(NamedTuple):
         return (self.alpha / self.sigma).log()
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A clock: from `t_min` (almost data) to `t_max` (noise); t = 0 is data itself."""
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rediffuse.errors import RunError
-from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.tracking.jsonl import append, write_atomically
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -31,8 +30,7 @@ _ID, _WORD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{6,32}")
 class Record(BaseModel):
     """What `run.json` holds.
 
-    `created` is UTC in ISO 8601; `images_seen` is that of the newest checkpoint; `drift` lists what
-    resumed processes changed, `{"images_seen": 1280, "training.learning_rate": [2e-4, 1e-4]}`.
+    `created` is UTC in ISO 8601; `images_seen` is that of the newest checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -44,7 +42,6 @@ class Record(BaseModel):
     parent: str | None = None
     images_seen: int = 0
     command: tuple[str, ...] = ()
-    drift: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,20 +116,15 @@ class Run:
     def update(self, *, status: Status | None = None, images_seen: int | None = None) -> Record:
         """Change what is given in `run.json`, atomically; hold the run's lock."""
         changes = {"status": status, "images_seen": images_seen}
-        return self._change({key: new for key, new in changes.items() if new is not None})
-
-    def note_drift(self, changes: Mapping[str, tuple[Any, Any]], images_seen: int) -> Record:
-        """Add to `run.json` what was changed on the way, old and new; hold the run's lock."""
-        if not changes:
-            return self.read()
-        return self._change(
-            {"drift": (*self.read().drift, {"images_seen": images_seen, **changes})}
-        )
-
-    def _change(self, changes: Mapping[str, Any]) -> Record:
-        record = self.read().model_copy(update=changes)
+        given = {key: value for key, value in changes.items() if value is not None}
+        record = self.read().model_copy(update=given)
         _write(self, record)
         return record
+
+    def note_drift(self, changes: Mapping[str, tuple[Any, Any]], images_seen: int) -> None:
+        """Append what a resumed process changed, old and new, to `logs/drift.jsonl`."""
+        if changes:
+            append(self.logs / "drift.jsonl", images_seen, changes)
 
 
 def runs_root(option: Path | None) -> Path:
@@ -226,6 +218,8 @@ def status_now(run: Run) -> str:
 
 def environment() -> dict[str, Any]:
     """Describe code, packages and machine, as far as they can be known; takes a second or so."""
+    import torch  # takes seconds, and listing runs does without
+
     return {
         "git": _git(Path.cwd()),
         "python": platform.python_version(),

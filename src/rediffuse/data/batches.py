@@ -41,9 +41,9 @@ class Batches:
     """The images that a run trains on, for ever, in their keyed order.
 
     `rows` are those of `images` to train on (None: all). `batch_size` counts the images of one
-    optimizer step over all ranks and micro-batches. `on_device` keeps the uint8 images on the device;
-    otherwise each step is gathered from `images`, which may be memory-mapped, and with `workers` = 1 by
-    a thread that is one step ahead.
+    optimizer step over all ranks and micro-batches. With `on_device`, `device` holds all of
+    `images` as uint8; otherwise each step is gathered from them, memory-mapped as they may be: if
+    `workers` is 1, by a thread that is one step ahead.
 
     Raises:
         ConfigError: if `batch_size` does not divide, or `crop_padding` is not less than the images.
@@ -87,7 +87,7 @@ class Batches:
         return len(self.images if self.rows is None else self.rows)
 
     def since(self, images_seen: int) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of every step from global image `images_seen` on, for ever.
+        """Yield, for ever, this rank's micro-batches of each step from image `images_seen` on.
 
         Steps run on over the end of an epoch and are always full.
         """
@@ -102,7 +102,8 @@ class Batches:
         """This rank's global image indices, and their places in `rows`, step after step."""
         share = self.batch_size // self.ranks
         mine = torch.arange(share) + self.rank * share
-        steps = torch.arange(max(1, _ORDERED_AT_ONCE // self.batch_size)) * self.batch_size
+        block = min(_ORDERED_AT_ONCE, len(self))  # `order` takes each epoch by itself
+        steps = torch.arange(max(1, block // self.batch_size)) * self.batch_size
         for start in counting(images_seen, len(steps) * self.batch_size):
             index = start + steps[:, None] + mine
             places = order(index.flatten(), len(self), self.seed).view_as(index)
@@ -154,7 +155,7 @@ def fixed(
     std: Level = 0.5,
     device: torch.device = _CPU,
 ) -> list[Batch]:
-    """The first `count` of `rows` (None: all), never augmented, with index 0, 1, ...: for validation.
+    """The first `count` of `rows` (None: all), not augmented, with index 0, 1, ...: for validation.
 
     The last batch may be smaller. All stay on the device, in float32.
     """

@@ -23,8 +23,8 @@ def read(path: Path) -> Image.Image:
     """Decode the first frame of a PNG, JPEG or WebP file, turned upright as its EXIF data says.
 
     Raises:
-        DataError: giving the reason alone, if it is not a regular file, if it is too large, which is
-            judged before anything is decoded, or if it is broken.
+        DataError: giving the reason alone, if it is not a regular file, too large (which is judged
+            before anything is decoded) or broken.
     """
     try:
         return _read(path)
@@ -64,17 +64,11 @@ def to_square(
     """Make a picture `image_size` pixels wide and high: luminance (1 channel), RGB (3) or RGBA (4).
 
     `crop` keeps the central square, `pad` keeps everything and fills what is missing with `fill`
-    (0 .. 255). What is transparent shows white, unless alpha is kept. Resampling is Pillow's antialiased
-    Lanczos filter, as for EDM's data (Karras et al. 2022); a picture that fits keeps its pixels.
+    (0 .. 255). What is transparent shows white, unless alpha is kept. Resampling is Pillow's
+    antialiased Lanczos filter, as for EDM's data (Karras et al. 2022); what fits keeps its pixels.
     """
     image = _in_mode(image, _MODES[channels])
-    square = _central(image) if fit == "crop" else image
-    if max(square.size) != image_size:
-        scale = image_size / max(square.size)
-        size = (max(1, round(square.width * scale)), max(1, round(square.height * scale)))
-        square = square.resize(size, Image.Resampling.LANCZOS)
-    if square.size != (image_size, image_size):
-        square = _padded(square, image_size, fill)
+    square = _cropped(image, image_size) if fit == "crop" else _padded(image, image_size, fill)
     pixels = np.asarray(square).reshape(image_size, image_size, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -90,13 +84,19 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _central(image: Image.Image) -> Image.Image:
+def _cropped(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image.crop(box)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box)
 
 
 def _padded(image: Image.Image, size: int, fill: int) -> Image.Image:
+    if (longer := max(image.size)) != size:
+        width, height = (max(1, round(side * size / longer)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     canvas = Image.new(image.mode, (size, size), (fill,) * len(image.getbands()))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return canvas

@@ -1,6 +1,6 @@
 """Decode once: a source becomes one memory-mapped uint8 array per part.
 
-<folder>/facts.json           settings, class names, counts, what was left out, fingerprint, versions
+<folder>/facts.json           settings, class names, counts, what is left out, fingerprint, versions
 <folder>/<part>/images.npy    [images, channels, size, size] uint8
 <folder>/<part>/labels.npy    [images] int64, -1 where there are no classes
 """
@@ -84,9 +84,9 @@ def pack(
 ) -> Packed:
     """Write a source's images, made square by `to_square`, into `folder`, or find them there.
 
-    What was packed from the same files with the same settings is used again. The folder appears, or is
-    replaced, when all is written. `workers` are threads, one per core if None. The fingerprint is a
-    SHA-256 of pixels, labels and class names, and of nothing else.
+    What was packed from the same files with the same settings is used again. The folder appears, or
+    is replaced, when all is written. `workers` are threads, one per core if None. The fingerprint
+    is the SHA-256 of pixels, labels and class names, and of nothing else.
 
     Raises:
         DataError: if an image is broken, if a part is empty, or if `folder` holds something else.
@@ -258,7 +258,7 @@ def _fingerprint(class_names: tuple[str, ...], parts: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _alone_at(folder: Path) -> Iterator[None]:
-    """Hold the lock beside `folder`: what several processes ask for at once, the first one packs."""
+    """Hold the lock beside `folder`: what several processes want at once is packed once."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):

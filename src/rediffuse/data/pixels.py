@@ -36,8 +36,8 @@ def to_uint8(
     """
     if not (finite := x.isfinite()).all():
         raise DataError(
-            f"{(~finite).sum()} of {x.numel()} pixel values are NaN or infinite: the network or the "
-            "solver diverged; try float32, more steps, less guidance or an earlier checkpoint"
+            f"{(~finite).sum()} of {x.numel()} pixel values are NaN or infinite: the network or "
+            "the solver diverged; try float32, more steps, less guidance or an earlier checkpoint"
         )
     x = x.float()
     level = x * _per_channel(std, x) + _per_channel(mean, x)
@@ -54,8 +54,8 @@ def augment(
 ) -> UInt8[Tensor, "batch channel height width"]:
     """Mirror half of the images and shift each by up to `crop_padding` pixels, keyed by its index.
 
-    A shift is a crop out of the image padded by reflection, which adds no border for a model to learn;
-    `crop_padding` is less than the image's size.
+    A shift is a crop out of the image padded by reflection, which adds no border for a model to
+    learn; `crop_padding` is less than the image's size.
     """
     if not flip and not crop_padding:
         return pixels

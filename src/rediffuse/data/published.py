@@ -32,6 +32,7 @@ def idx_source(
     Raises:
         DataError: if the files are missing and cannot be downloaded, or are damaged.
     """
+    folder = folder.expanduser()  # as torchvision does
     if not _all_found(folder, files["train"]):
         _fetch(download, folder, [name for pair in files.values() for name in pair])
     found = {part: paths for part, pair in files.items() if (paths := _all_found(folder, pair))}
@@ -51,7 +52,7 @@ def cifar_source(data_set: Any, root: str | Path) -> Source:
     Raises:
         DataError: if the files are missing or damaged and cannot be downloaded.
     """
-    folder = Path(root) / data_set.base_folder
+    folder = Path(root).expanduser() / data_set.base_folder
     try:
         train = data_set(root, train=True)
     except RuntimeError:
@@ -109,6 +110,7 @@ def _fetch(download: Callable[[], object], folder: Path, names: Sequence[str]) -
         download()
     except (OSError, RuntimeError, EOFError) as failed:
         raise DataError(
-            f"{folder} lacks files, and the download failed ({' '.join(str(failed).split())[:200]}); "
-            f"put {', '.join(names)} into {folder}, or set data.root to where they are"
+            f"{folder} lacks files, and they cannot be downloaded "
+            f"({' '.join(str(failed).split())[:200]}); put {', '.join(names)} into it, or set "
+            "data.root to where they are"
         ) from failed

@@ -13,8 +13,8 @@ def split(
     """Row numbers to train on, ascending, and a `fraction` of [0, length) to hold out.
 
     The choice depends on `length` alone, never on a run's seed, and a larger fraction contains a
-    smaller one. At least one row is held out unless `fraction` is 0. What is held out comes in random
-    order, so that its first rows are a fair sample of it; a `fraction` of 1 shuffles a whole part.
+    smaller one. At least one row is held out unless `fraction` is 0. What is held out comes in
+    random order, so that its first rows are a fair sample of it; a `fraction` of 1 shuffles a part.
     """
     order = permuted(torch.arange(length), length, seed=0, epoch=0, stream=Stream.SPLIT).numpy()
     count = max(round(fraction * length), int(fraction > 0))

@@ -1,7 +1,7 @@
 """What training talks to: files in the run's directory first, copies for trackers later."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from rediffuse.tracking.tracker import Number, Say, Tracker
 
 
 class Journal:
-    """Writes what happens in a run; every method returns at once, whatever the trackers do."""
+    """Writes what happens in a run; no method but `close` waits for a tracker.
+
+    `params` is the configuration, as nested mappings.
+    """
 
     def __init__(
         self, directory: Path, trackers: Sequence[Tracker], params: Mapping[str, Any], say: Say
     ) -> None:
         self._directory = directory
-        self._feeders = [Feeder(tracker, directory, params, say) for tracker in trackers]
+        self._feeders = feeders(directory, trackers, params, say)
 
     def start(self, images_seen: int) -> None:
         """Begin at `images_seen`: what an earlier process wrote after that point is dropped."""
@@ -70,7 +73,24 @@ def replay(
     timeout_s: float = CLOSE_S,
 ) -> bool:
     """Send what trackers miss of a run that ended as `status`; hold the run's lock meanwhile."""
-    feeders = [Feeder(tracker, directory, params, say) for tracker in trackers]
-    for feeder in feeders:
+    late = feeders(directory, trackers, params, say)
+    for feeder in late:
         feeder.start()
-    return close_all(feeders, status, timeout_s)
+    return close_all(late, status, timeout_s)
+
+
+def feeders(
+    directory: Path, trackers: Sequence[Tracker], params: Mapping[str, Any], say: Say
+) -> list[Feeder]:
+    """One feeder per tracker, none of them started."""
+    flat = dict(leaves(params))
+    return [Feeder(tracker, directory, flat, say) for tracker in trackers]
+
+
+def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk nested mappings: `{"a": {"b": 0}}` has the leaf `a.b`, 0."""
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

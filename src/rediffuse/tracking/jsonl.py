@@ -42,28 +42,28 @@ def metrics_since(path: Path, position: int) -> Iterator[tuple[Row, int]]:
     """Yield the rows from a byte position on, each with the position after it."""
     for line, end in lines_since(path, position):
         try:
-            numbers = {key: float(value) for key, value in line.items()}
-            yield numbers | {"images": int(line["images"])}, end
-        except (KeyError, TypeError, ValueError):
+            yield {key: float(value) for key, value in line.items()}, end
+        except (TypeError, ValueError):
             raise RunError(f"{path}: the line before byte {end} is not a row of metrics") from None
 
 
 def cut_back(path: Path, images_seen: int | None) -> None:
-    """Drop a last line that was torn by a kill, and all lines of more than `images_seen` images."""
+    """Drop a last line that was torn by a kill, and what comes after `images_seen` images."""
     if not path.exists():
         return
-    lines = [line for line, _ in lines_since(path, 0)]
-    kept = lines if images_seen is None else [ln for ln in lines if ln["images"] <= images_seen]
-    content = "".join(map(_encoded, kept)).encode()
-    if len(content) != path.stat().st_size:
-        write_atomically(path, content)
+    kept = 0
+    for line, end in lines_since(path, 0):
+        if images_seen is not None and line["images"] > images_seen:
+            break
+        kept = end
+    os.truncate(path, kept)
 
 
 def append(path: Path, images_seen: int, fields: Mapping[str, Any]) -> None:
     """Append one line with the images seen and the time, in one write."""
-    line = _encoded({"images": images_seen, "time": round(time.time(), 3), **fields})
+    line = {"images": images_seen, "time": round(time.time(), 3), **fields}
     with open(path, "ab") as file:
-        file.write(line.encode())
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -90,10 +90,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _encoded(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def _decoded(path: Path, line: bytes, end: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
+from rediffuse.errors import RunError
 from rediffuse.tracking.tracker import Row, Say, in_one_line
 
 # MLflow's own limits per call and per value.
@@ -86,7 +87,7 @@ class Mlflow:
         from mlflow.entities import Metric
 
         points = [
-            Metric(_key(key), value, int(row["time"] * 1000), int(row["images"]))
+            Metric(_key(key), value, round(row["time"] * 1000), int(row["images"]))
             for row in rows
             for key, value in row.items()
             if key not in ("images", "time")
@@ -114,11 +115,9 @@ class Mlflow:
                 raise
         ours = f"tags.`rediffuse.run_id` = '{self._directory.name}'"
         found = self._client.search_runs([experiment_id], ours, max_results=1)
-        return (
-            found[0]
-            if found
-            else self._client.create_run(experiment_id, tags=self._tags, run_name=self._name)
-        )
+        if found:
+            return found[0]
+        return self._client.create_run(experiment_id, tags=self._tags, run_name=self._name)
 
 
 def _connect(root: Path, experiment: str) -> tuple[Any, str]:
@@ -132,8 +131,8 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
     from mlflow.tracking import MlflowClient
 
     root = root.resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or _database(root)
     root.mkdir(parents=True, exist_ok=True)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     artifacts = None if uri.startswith("http") else (root / "mlflow-artifacts").as_uri()
     with FileLock(root / ".mlflow.lock", timeout=120):
         client = MlflowClient(uri, registry_uri=uri)
@@ -141,6 +140,12 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
         if known is not None:
             return client, known.experiment_id
         return client, client.create_experiment(experiment, artifact_location=artifacts)
+
+
+def _database(root: Path) -> str:
+    if {"%", "?"} & set(str(root)):
+        raise RunError(f"no database can be addressed in {root}; choose a root without % and ?")
+    return f"sqlite:///{root / 'mlflow.db'}"
 
 
 def _key(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 Number = int | float
 
-Row = dict[str, Number]
+Row = dict[str, float]
 """One line of `metrics.jsonl`: `images` seen so far, `time` in Unix seconds, and the metrics."""
 
 Say = Callable[[str], None]

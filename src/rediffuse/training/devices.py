@@ -67,7 +67,9 @@ def choose(device: str = "auto") -> Devices:
     return Devices(chosen)
 
 
-def set_determinism(mode: str, device: torch.device, threads: int | None) -> str:
+def set_determinism(
+    mode: str, device: torch.device, threads: int | None, *, compiled: bool = False
+) -> str:
     """Switch torch to `exact` or `fast` kernels, process-wide; `auto` is exact on a CPU. Return which.
 
     Order, times and noise do not depend on it. `exact` gives equal bits on one kind of machine with the
@@ -80,7 +82,10 @@ def set_determinism(mode: str, device: torch.device, threads: int | None) -> str
     exact = mode == "exact"
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(exact)  # never warn_only: attention's backward stays random then
+    # "error", never "warn": attention's backward stays random where it only warns.
+    torch.set_deterministic_debug_mode("error" if exact else "default")
+    if compiled:  # the same for the compiler, whose import alone takes seconds
+        torch.use_deterministic_algorithms(exact)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not exact
     torch.backends.cudnn.deterministic = exact

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ class Broken(NamedTuple):
     reason: str
 
 
+@runtime_checkable
 class Examples(Protocol):
     """The images of one part. Items are asked for from many threads at once."""
 

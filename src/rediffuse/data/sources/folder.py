@@ -43,17 +43,17 @@ def folder(
     test_path: str | Path | None = None,
     on_broken: Literal["refuse", "skip"] = "refuse",
 ) -> Source:
-    """PNG, JPEG and WebP files: one folder per class, sorted by name, or all in one without classes.
+    """PNG, JPEG and WebP files: a folder per class, sorted by name, or all in one without classes.
 
     Files are known by their suffix; others and hidden ones are left alone, links are followed.
     `on_broken` says whether a broken image ends the packing, or is left out and recorded.
 
     Raises:
-        DataError: if a folder is missing, empty or both kinds at once, or if validation or test have
-            classes that training has not.
+        DataError: if a folder is missing, empty or both kinds at once, or if validation or test
+            have classes that training has not.
     """
     given = {"train": path, "validation": validation_path, "test": test_path}
-    roots = {part: Path(root) for part, root in given.items() if root is not None}
+    roots = {part: Path(root).expanduser() for part, root in given.items() if root is not None}
     names = {part: _listed(root) for part, root in roots.items()}
     class_names = tuple(sorted({str(c) for c, _ in names["train"] if c is not None}))
     for part, listed in names.items():

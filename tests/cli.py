@@ -1,0 +1,40 @@
+"""The real command line in real processes, on runs small enough to wait for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = (
+    "model.base_channels=16",
+    "model.blocks_per_level=1",
+    "data.validation_fraction=0.85",  # leaves 216 images to an epoch
+    "training.epochs=null",
+    "training.batch_size=48",
+    "training.preview_count=4",
+    "training.validation_images=64",
+    "sampling.steps=3",
+    "tracking=none",
+    "rate.warmup_images=96",
+)
+
+
+def rediffuse(*words: str, root: Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `check` is the exit code it must have (None: any)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rediffuse", *words],
+        env={**os.environ, "REDIFFUSE_ROOT": str(root), "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+    )
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def run_id(done: subprocess.CompletedProcess[str]) -> str:
+    """The id that `train` prints first."""
+    word, run, *_ = done.stdout.split()
+    assert word == "run"
+    return run

@@ -1,0 +1,259 @@
+"""A source is decoded once; what lies on the disk is whole, and the same however it was made."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rediffuse.data.ahead import ahead
+from rediffuse.data.decoding import to_square
+from rediffuse.data.packing import FACTS, open_packed, pack
+from rediffuse.data.sources import ArrayExamples, Example, Source
+from rediffuse.data.sources.folder import folder
+from rediffuse.data.splits import split
+from rediffuse.errors import DataError
+
+AS = {"image_size": 8, "channels": 3}
+
+
+def noise(count, size=10, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def source(count=150, seed=0, identity="noise"):
+    labels = np.arange(count) % 3
+    parts = {"train": ArrayExamples(noise(count, seed=seed), labels, "train")}
+    parts["test"] = ArrayExamples(noise(5, seed=seed + 1), labels[:5], "test")
+    return Source(("a", "b", "c"), parts, identity)
+
+
+def save(place, *names):
+    for seed, name in enumerate(names):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(1, seed=seed)[0]).save(place / name)
+    return place
+
+
+def refuse_to_decode(image, **how):
+    raise AssertionError("decoded again")
+
+
+def test_the_arrays_hold_every_image_in_order_with_its_label(tmp_path):
+    packed = pack(source(), tmp_path / "packed", **AS)
+    images, labels = packed.part("train").images, packed.part("train").labels
+    expected = [to_square(Image.fromarray(image), 8, 3) for image in noise(150)]
+    assert np.array_equal(images, expected)
+    assert np.array_equal(labels, np.arange(150) % 3)
+    assert isinstance(images, np.memmap)
+    assert images.flags.c_contiguous
+    assert not images.flags.writeable
+    assert (packed.class_names, packed.image_size, packed.channels) == (("a", "b", "c"), 8, 3)
+    assert packed.facts["parts"]["train"]["per_class"] == {"a": 50, "b": 50, "c": 50}
+
+
+def test_the_fingerprint_depends_on_content_alone(tmp_path):
+    first = pack(source(), tmp_path / "1", **AS, workers=1).fingerprint
+    assert pack(source(identity="elsewhere"), tmp_path / "2", **AS, workers=2).fingerprint == first
+    renamed = Source(("a", "b", "d"), source().parts, "noise")
+    relabelled = source()
+    relabelled.parts["train"].labels[7] += 1
+    others = [source(seed=5), source(149), renamed, relabelled]
+    found = {pack(s, tmp_path / f"{k}-", **AS).fingerprint for k, s in enumerate(others)}
+    assert len(found | {first}) == 5
+
+
+def test_times_of_change_move_the_identity_but_not_the_fingerprint(tmp_path):
+    save(tmp_path / "images", "a/1.png", "b/2.png")
+    first = pack(folder(path=tmp_path / "images"), tmp_path / "packed", **AS)
+    os.utime(tmp_path / "images" / "a" / "1.png", ns=(1, 1))
+    again = pack(folder(path=tmp_path / "images"), tmp_path / "packed", **AS)
+    assert again.facts["identity"] != first.facts["identity"]
+    assert again.fingerprint == first.fingerprint
+
+
+def test_what_is_packed_is_used_again_unless_files_or_settings_change(tmp_path, monkeypatch):
+    place = tmp_path / "packed"
+    pack(source(), place, **AS)
+    with monkeypatch.context() as patched:
+        patched.setattr("rediffuse.data.packing.to_square", refuse_to_decode)
+        assert pack(source(), place, **AS).image_size == 8
+        for images, how in ((source(identity="changed"), AS), (source(), {**AS, "fit": "pad"})):
+            with pytest.raises(AssertionError, match="decoded again"):
+                pack(images, place, **how)
+        assert pack(source(), place, **AS).image_size == 8  # what failed has replaced nothing
+    assert pack(source(), place, image_size=6, channels=1).part("test").images.shape == (5, 1, 6, 6)
+    assert sorted(os.listdir(tmp_path)) == [".packed.lock", "packed"]
+
+
+def test_broken_images_are_named_and_refused_or_left_out_and_recorded(tmp_path):
+    images = save(tmp_path / "images", *(f"{c}/{k}.png" for c in "ab" for k in range(70)))
+    (images / "a" / "3.png").write_bytes(b"")
+    (images / "b" / "9.png").unlink()
+    os.mkfifo(images / "b" / "9.png")
+    with pytest.raises(DataError, match=r"a/3\.png cannot be used"):
+        pack(folder(path=images), tmp_path / "packed", **AS)
+    assert not (tmp_path / "packed").exists()
+
+    packed = pack(folder(path=images, on_broken="skip"), tmp_path / "packed", **AS)
+    kept, facts = packed.part("train"), packed.facts["parts"]["train"]
+    assert facts["skipped"] == [
+        {"name": "a/3.png", "reason": "it is not a PNG, JPEG or WebP image"},
+        {"name": "b/9.png", "reason": "it is not a regular file"},
+    ]
+    assert facts["per_class"] == {"a": 69, "b": 69}
+    whole = [
+        e
+        for e in map(folder(path=images, on_broken="skip").parts["train"].__getitem__, range(140))
+        if isinstance(e, Example)
+    ]
+    assert np.array_equal(kept.images, [to_square(e.image, 8, 3) for e in whole])
+    assert kept.labels.tolist() == [e.label for e in whole]
+
+
+def test_a_part_without_any_usable_image_is_refused(tmp_path):
+    images = save(tmp_path / "images", "a.png")
+    (images / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="train part has no image"):
+        pack(folder(path=images, on_broken="skip"), tmp_path / "packed", **AS)
+
+
+def test_images_without_classes_have_no_labels(tmp_path):
+    packed = pack(folder(path=save(tmp_path / "images", "a.png")), tmp_path / "packed", **AS)
+    assert packed.part("train").labels is None
+    assert np.load(tmp_path / "packed" / "train" / "labels.npy").tolist() == [-1]
+
+
+def test_a_class_that_is_not_there_is_refused(tmp_path):
+    beyond = Source(("a", "b"), source().parts, "noise")
+    with pytest.raises(DataError, match="train/2 has class 2, but there are 2 classes"):
+        pack(beyond, tmp_path / "packed", **AS)
+
+
+@pytest.mark.parametrize("name", ["letter.txt", FACTS + ".bak"])
+def test_a_folder_that_holds_something_else_is_never_touched(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("precious")
+    with pytest.raises(DataError, match="holds something else than packed images"):
+        pack(source(), tmp_path / "mine", **AS)
+    assert (tmp_path / "mine" / name).read_text() == "precious"
+
+
+def test_a_pack_that_is_killed_leaves_nothing_half_made_and_the_next_one_works(tmp_path):
+    program = """
+import os, signal, sys
+from rediffuse.data import packing
+from test_data_packing import AS, source
+def killed(*_): os.kill(os.getpid(), signal.SIGKILL)
+packing._fingerprint = killed  # all pixels are written, the facts are not
+packing.pack(source(), sys.argv[1], **AS)
+"""
+    place = tmp_path / "packed"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    killed = subprocess.run([sys.executable, "-c", program, place], env=environment, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not place.exists()
+    assert (tmp_path / ".packed.building" / "train" / "images.npy").exists()
+    pack(source(), place, **AS)
+    assert sorted(os.listdir(tmp_path)) == [".packed.lock", "packed"]
+
+
+def test_what_several_want_at_once_is_packed_once(tmp_path, monkeypatch):
+    calls, real = [], to_square
+    monkeypatch.setattr(
+        "rediffuse.data.packing.to_square",
+        lambda image, **how: calls.append(1) or real(image, **how),
+    )
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: pack(source(), tmp_path / "packed", **AS), range(4)))
+    assert len(calls) == 155
+    assert len({packed.fingerprint for packed in found}) == 1
+
+
+def damage_facts(place):
+    (place / FACTS).write_text("{")
+
+
+def damage_counts(place):
+    facts = json.loads((place / FACTS).read_text())
+    facts["parts"]["train"]["images"] += 1
+    (place / FACTS).write_text(json.dumps(facts))
+
+
+def truncate_images(place):
+    os.truncate(place / "train" / "images.npy", 2000)
+
+
+def remove_labels(place):
+    (place / "test" / "labels.npy").unlink()
+
+
+def pickle_labels(place):
+    np.save(place / "train" / "labels.npy", np.array([{}] * 150), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_facts, damage_counts, truncate_images, remove_labels, pickle_labels]
+)
+def test_damage_is_refused_on_opening_and_repaired_by_packing(tmp_path, damage):
+    place = tmp_path / "packed"
+    first = pack(source(), place, **AS)
+    damage(place)
+    with pytest.raises(DataError, match=r"packed is damaged .*; delete it and pack again"):
+        open_packed(place)
+    assert pack(source(), place, **AS).fingerprint == first.fingerprint
+    assert open_packed(place).fingerprint == first.fingerprint
+
+
+def test_what_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(DataError, match="holds no packed images"):
+        open_packed(tmp_path)
+    with pytest.raises(DataError, match="has no validation part; it has train, test"):
+        pack(source(), tmp_path / "packed", **AS).part("validation")
+
+
+def test_images_stay_readable_while_they_are_packed_anew(tmp_path):
+    old = pack(source(), tmp_path / "packed", **AS).part("train").images
+    pack(source(seed=9, identity="changed"), tmp_path / "packed", **AS)
+    shutil.rmtree(tmp_path / "packed")
+    assert np.array_equal(old[0], to_square(Image.fromarray(noise(1)[0]), 8, 3))
+
+
+@pytest.mark.parametrize("length", [1, 7, 1437, 60_000])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 1.0])
+def test_a_split_is_disjoint_complete_and_as_large_as_asked(length, fraction):
+    train, held_out = split(length, fraction)
+    assert np.array_equal(np.sort(np.concatenate((train, held_out))), np.arange(length))
+    assert len(held_out) == max(round(length * fraction), fraction > 0)
+    assert np.array_equal(train, np.sort(train))
+
+
+def test_a_larger_split_begins_with_a_smaller_one_and_both_are_random():
+    _, some = split(60_000, 0.01)
+    _, more = split(60_000, 0.1)
+    assert np.array_equal(more[:600], some)
+    tenths = np.bincount(more // 6_000, minlength=10)
+    assert ((tenths - 600) ** 2 / 600).sum() < 27.9  # χ² with 9 degrees of freedom, p = 0.001
+
+
+def test_work_ahead_keeps_its_order_and_its_bound():
+    started, release = [], Event()
+
+    def work(k):
+        started.append(k)
+        release.wait(10)
+        return k
+
+    with ThreadPoolExecutor(8) as pool:
+        results = ahead(pool, work, iter(range(100)), 3)
+        release.set()
+        assert next(results) == 0
+        assert max(started) <= 3
+        assert list(results) == list(range(1, 100))
