@@ -117,7 +117,9 @@ def test_the_posterior_is_finite_everywhere_and_a_point_on_data(schedule):
 def test_the_published_posterior_variances(chain, log_of_the_second):
     schedule = chain()
     x = torch.ones(1, 1, dtype=torch.float64)
-    log_var = {t: posterior(schedule, x, x, scalar(t), scalar(t - 1.0)).log_var for t in (1, 2, 1000)}
+    log_var = {
+        t: posterior(schedule, x, x, scalar(t), scalar(t - 1.0)).log_var for t in (1, 2, 1000)
+    }
     assert log_var[1].exp().item() == 0
     assert log_var[2].item() == pytest.approx(log_of_the_second, rel=1e-9)
     if chain is discrete.linear:

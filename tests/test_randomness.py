@@ -53,13 +53,17 @@ def kolmogorov_distance(cdf_at_samples: Tensor) -> float:
     ],
 )  # fmt: skip
 def test_philox_gives_its_published_known_answers(counter, key, result):
-    counter, key, result = ([int(word, 16) for word in given.split()] for given in (counter, key, result))
+    counter, key, result = (
+        [int(word, 16) for word in given.split()] for given in (counter, key, result)
+    )
     assert philox(torch.tensor([counter]), tuple(key))[0].tolist() == result
 
 
 @law
 @given(seed=seeds, stream=st.sampled_from(Stream), index=indices, draw=st.integers(0, 2**32 - 1))
-def test_words_are_philox_of_index_block_and_draw_keyed_by_seed_and_stream(seed, stream, index, draw):
+def test_words_are_philox_of_index_block_and_draw_keyed_by_seed_and_stream(
+    seed, stream, index, draw
+):
     counters = [[index & 0xFFFFFFFF, index >> 32, block, draw] for block in range(2)]
     expected = philox(torch.tensor(counters), (seed, stream)).flatten()
     assert words(seed, stream, torch.tensor([index]), 8, draw)[0].equal(expected)

@@ -32,9 +32,12 @@ def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(
-    "looks", [("training.previews=true", "data.workers=1"), ("training.previews=false", "data.workers=0")]
+    "looks",
+    [("training.previews=true", "data.workers=1"), ("training.previews=false", "data.workers=0")],
 )
-def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(straight: Any, looks: tuple[str, str]) -> None:
+def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(
+    straight: Any, looks: tuple[str, str]
+) -> None:
     root, rate, golden = straight
     first = rediffuse("train", *TINY, *EVERY, rate, LENGTH, MIDDLE, *looks, root=root)
     run = run_id(first)
@@ -44,10 +47,14 @@ def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(straight: Any, looks:
     assert metrics(root, golden) == metrics(root, run)
 
 
-def test_a_run_extended_beyond_its_plan_equals_one_planned_so_at_a_constant_rate(straight: Any) -> None:
+def test_a_run_extended_beyond_its_plan_equals_one_planned_so_at_a_constant_rate(
+    straight: Any,
+) -> None:
     root, rate, golden = straight
     half = "training.images=480"
-    if rate == "rate=cosine":  # its horizon was the shorter plan; the longer one is declared from the start
+    if (
+        rate == "rate=cosine"
+    ):  # its horizon was the shorter plan; the longer one is declared from the start
         half += " rate.horizon_images=960"
     run = run_id(rediffuse("train", *TINY, *EVERY, rate, *half.split(), root=root))
     rediffuse("train", f"resume_from_run_id={run}", LENGTH, root=root)

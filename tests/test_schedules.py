@@ -10,7 +10,6 @@ from oracles import (
     CHAINS,
     CHAINS_OF_1000,
     CONTINUOUS,
-    SCHEDULES,
     ZERO_SNR_1000,
     scalar,
     several_times,
@@ -149,7 +148,8 @@ def test_the_published_zero_terminal_snr_rescaling_of_linear():
 def test_zero_terminal_snr_shifts_and_scales_alpha_to_end_at_zero_and_keeps_the_first(name):
     t = several_times(CHAINS_OF_1000[name + "_1000"])
     alpha, rescaled = (
-        schedule(t).alpha for schedule in (CHAINS_OF_1000[name + "_1000"], ZERO_SNR_1000[name + "_zero_snr"])
+        schedule(t).alpha
+        for schedule in (CHAINS_OF_1000[name + "_1000"], ZERO_SNR_1000[name + "_zero_snr"])
     )
     assert rescaled[-1] == 0
     literal = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
@@ -260,7 +260,9 @@ def test_the_shift_of_flow_is_esser_et_al_equation_23():
 def test_the_continuous_cosine_is_a_quarter_circle_cut_at_its_log_snr():
     schedule = cosine.cosine(max_log_snr=15.0)
     ends = schedule(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
-    torch.testing.assert_close(2 * ends.half_log_snr, torch.tensor([15.0, -15.0]).double(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        2 * ends.half_log_snr, torch.tensor([15.0, -15.0]).double(), rtol=1e-9, atol=0
+    )
     at = schedule(scalar(1 / 3))
     assert at.alpha.item() == pytest.approx(math.cos(math.pi / 6), rel=1e-12)
     assert at.sigma.item() == pytest.approx(math.sin(math.pi / 6), rel=1e-12)

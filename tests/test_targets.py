@@ -110,7 +110,9 @@ def test_v_is_the_velocity_of_the_quarter_circle():
 def test_the_edm_target_has_unit_variance_at_every_noise_level(sigma_data):
     for schedule in (edm.edm(), vp.vp(), flow.flow()):
         a, b = targets.edm(schedule(several_times(schedule)), sigma_data=sigma_data)
-        torch.testing.assert_close((a * sigma_data) ** 2 + b**2, torch.ones_like(a), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            (a * sigma_data) ** 2 + b**2, torch.ones_like(a), rtol=1e-12, atol=0
+        )
 
 
 def test_the_edm_target_is_minus_v_for_unit_data_in_a_variance_preserving_process():
@@ -260,7 +262,9 @@ def test_a_weighting_multiplies_the_loss_of_its_image():
     denoiser = Denoiser(SmallNetwork(), schedule, targets.v)
     plain = simple_loss(denoiser, unit, x_0, eps, t)
     weighted = simple_loss(denoiser, min_snr, x_0, eps, t)
-    torch.testing.assert_close(weighted, plain * min_snr(schedule(t), targets.v), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        weighted, plain * min_snr(schedule(t), targets.v), rtol=1e-12, atol=0
+    )
 
 
 def test_a_denoiser_answers_in_the_precision_of_the_image():

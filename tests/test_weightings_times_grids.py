@@ -5,7 +5,15 @@ from fractions import Fraction
 
 import pytest
 import torch
-from oracles import CHAINS, CHAINS_OF_1000, CONTINUOUS, SCHEDULES, ZERO_SNR_1000, scalar, several_times
+from oracles import (
+    CHAINS,
+    CHAINS_OF_1000,
+    CONTINUOUS,
+    SCHEDULES,
+    ZERO_SNR_1000,
+    scalar,
+    several_times,
+)
 from torch import Tensor
 
 from rediffuse import targets
@@ -80,7 +88,10 @@ def test_unit_weighs_every_image_alike():
 def test_uniform_steps_draws_every_step_equally_often(steps):
     drawn = uniform_steps(discrete.linear(steps=steps), evenly)
     assert drawn.dtype == torch.float64
-    assert torch.bincount(drawn.long(), minlength=steps + 1).tolist() == [0] + [100_000 // steps] * steps
+    assert (
+        torch.bincount(drawn.long(), minlength=steps + 1).tolist()
+        == [0] + [100_000 // steps] * steps
+    )
 
 
 def test_the_ends_of_the_unit_interval_are_the_first_and_the_last_step():
@@ -214,7 +225,9 @@ def test_stops_on_a_chain_are_the_nearest_whole_steps_and_shift_only_where_these
     for steps in (5, 10, 20, 200):
         wish = torch.linspace(first, last, steps, dtype=torch.float64)
         if grid == "karras":
-            root = torch.linspace(math.exp(-first / 7), math.exp(-last / 7), steps, dtype=torch.float64)
+            root = torch.linspace(
+                math.exp(-first / 7), math.exp(-last / 7), steps, dtype=torch.float64
+            )
             wish = -7 * root.log()
         nearest = chain.time(wish).round()
         found = GRIDS[grid](chain, steps)[:-1]

@@ -87,7 +87,10 @@ def schedule(config: Config, trusted: Sequence[str] | None = None) -> Schedule:
 
 
 def network(
-    config: Config, num_classes: int, trusted: Sequence[str] | None = None, learned_variance: bool = False
+    config: Config,
+    num_classes: int,
+    trusted: Sequence[str] | None = None,
+    learned_variance: bool = False,
 ) -> nn.Module:
     """The network of a run, for the images of its data; initial weights come from torch's generator."""
     image = config.data
@@ -187,7 +190,7 @@ def _users_own(axis: str, name: str, key: str, trusted: Sequence[str] | None) ->
     wanted = AXES[axis].positional
     if not callable(found) or _positional(found) != wanted:
         raise ConfigError(f"{key}: '{name}' must be a function of ({', '.join(wanted)}, *, ...)")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _modules(place: str) -> Iterator[ModuleType]:

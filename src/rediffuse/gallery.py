@@ -200,7 +200,9 @@ def wanted(how: Sampling, options: Options) -> Sampling:
             arguments = dict(typed_values(words[1:]))
             changes[axis] = Part(name=words[0], **arguments)
     if options.guidance is not None:
-        changes["guidance"] = Part(name=how.guidance.name, scale=options.guidance)
+        changes["guidance"] = Part.model_validate(
+            {"name": how.guidance.name, "scale": options.guidance}
+        )
     for name in ("steps", "clip"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
@@ -219,7 +221,9 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
     for part in seeds.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ConfigError(f"--seeds {seeds}: expected numbers and ranges, such as 0-63 or 3,5,8")
+            raise ConfigError(
+                f"--seeds {seeds}: expected numbers and ranges, such as 0-63 or 3,5,8"
+            )
         numbers += range(int(first), int(last or first) + 1)
         if len(numbers) > _MOST_IMAGES:
             raise ConfigError(f"--seeds {seeds}: more than {_MOST_IMAGES:,} images in one job")
@@ -236,9 +240,7 @@ def save_film(model: Model, how: Sampling, job: Job, file: Path, most: int = 16)
     classes = job.classes[:most] if job.classes is not None else None
     few = Job(job.images[:most], classes, job.seed, most)
     data = model.config.data
-    frames = [
-        grid(to_uint8(x, data.mean, data.std).cpu().numpy()) for x in states(model, how, few)
-    ]
+    frames = [grid(to_uint8(x, data.mean, data.std).cpu().numpy()) for x in states(model, how, few)]
     first, *rest = (Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames)
     first.save(file, save_all=True, append_images=rest, duration=80, loop=0)
 

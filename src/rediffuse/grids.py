@@ -46,7 +46,10 @@ def _ends(schedule: Schedule, name: str) -> Tensor:
 def _at_half_log_snr(schedule: Schedule, half_log_snr: Tensor) -> Tensor:
     """Read the clock at each λ, then data; the ends are exact, since a solver asks whether s >= t_min."""
     times = schedule.time(half_log_snr)
-    times[-1], times[0] = schedule.t_min, schedule.t_max  # in this order: one step starts at the noise
+    times[-1], times[0] = (
+        schedule.t_min,
+        schedule.t_max,
+    )  # in this order: one step starts at the noise
     return _settled(schedule, _then_data(times))
 
 

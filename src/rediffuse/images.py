@@ -74,5 +74,28 @@ def pack_as(
     return pack(source, folder, **settings)
 
 
+def describe(packed: Packed) -> dict[str, Any]:
+    """Tell what is in a packed data set, pixel statistics included, as plain data."""
+    parts = {}
+    for name, part in packed.parts.items():
+        told: dict[str, Any] = {"images": len(part.images)}
+        if part.labels is not None:
+            counts = np.bincount(part.labels, minlength=len(packed.class_names)).tolist()
+            told["per class"] = dict(zip(packed.class_names, counts, strict=True))
+        parts[name] = told
+    pixels = packed.part("train").images
+    some = pixels[:: max(1, len(pixels) // 10_000)] / 255  # ten thousand images tell enough
+    return {
+        "folder": str(packed.folder),
+        "image size": packed.image_size,
+        "channels": packed.channels,
+        "parts": parts,
+        "skipped": {name: facts["skipped"] for name, facts in packed.facts["parts"].items()},
+        "mean": some.mean(axis=(0, 2, 3)).round(4).tolist(),
+        "std": some.std(axis=(0, 2, 3)).round(4).tolist(),
+        "fingerprint": packed.fingerprint,
+    }
+
+
 def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]

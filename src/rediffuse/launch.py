@@ -115,9 +115,7 @@ def _resolved(config: Config, images: Images, exactness: str) -> Config:
     horizon = config.rate.horizon_images or planned_images(config, images.per_epoch)
     rate = config.rate.model_copy(update={"horizon_images": horizon})
     threads = config.threads or torch.get_num_threads()
-    return config.model_copy(
-        update={"rate": rate, "determinism": exactness, "threads": threads}
-    )
+    return config.model_copy(update={"rate": rate, "determinism": exactness, "threads": threads})
 
 
 def _fresh(
@@ -167,7 +165,7 @@ def _go(run: Run, config: Config, images: Images, recipe: Recipe, state: TrainSt
     session = Session(run, config, images, recipe)
     session.begin(state)
     interrupts = hooks.Interrupts()
-    status = "FAILED"
+    status: runs.Status = "FAILED"
     try:
         steps = _batches(config, images, recipe.devices).since(state.images_seen)
         reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)

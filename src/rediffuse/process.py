@@ -83,9 +83,7 @@ def transition_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
     return now.sigma**2 - (now.alpha / then.alpha) ** 2 * then.sigma**2
 
 
-def posterior(
-    schedule: Schedule, x_t: Images, x_0: Images, t: Time, s: Time
-) -> Gaussian:
+def posterior(schedule: Schedule, x_t: Images, x_0: Images, t: Time, s: Time) -> Gaussian:
     """q(x_s | x_t, x_0) for any s < t (Kingma et al. 2021, App. A.2).
 
     On the integer clock with s = t-1 it is Ho et al. 2020, Eq. 6-7; with s < t-1 it is the posterior

@@ -232,7 +232,7 @@ def environment() -> dict[str, Any]:
             "version": torch.__version__,
             "build": torch.__config__.show().splitlines(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "cudnn": torch.backends.cudnn.version(),
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },

@@ -2,11 +2,11 @@
 
 import json
 import math
-import shlex
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
-import torch
 
 from rediffuse import gallery
 from rediffuse.config.schema import Config
@@ -52,7 +52,7 @@ class Session:
         now_and_then = max(epoch, self.planned // 20)
         when = partial(every, batch_size=size)
         looking: list[Hook] = [
-            when(training.log_every_images or 50 * size, hook=hooks.log(self._record)),
+            when(training.log_every_images or min(50 * size, epoch), hook=hooks.log(self._record)),
             when(epoch, hook=hooks.log_epoch(self._record, epoch)),
         ]
         if self._validation:
@@ -91,7 +91,9 @@ class Session:
             self.config, state.sampler, names, self.recipe.devices.device, self.recipe.precision
         )
         job = gallery.Job(numbers, gallery.classes_for(numbers, names), batch_size=count)
-        pixels = np.concatenate([drawn for _, drawn in gallery.draw(model, self.config.sampling, job)])
+        pixels = np.concatenate(
+            [drawn for _, drawn in gallery.draw(model, self.config.sampling, job)]
+        )
         picture = gallery.grid(pixels, gallery.columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
         self._last_preview = state.images_seen
@@ -122,19 +124,25 @@ class Session:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
         going_on = f"rediffuse resume {run.id}"
-        say(f"  resume  {longer(run, self.config) if state.images_seen >= self.planned else going_on}")
+        say(
+            f"  resume  {longer(run, self.config) if state.images_seen >= self.planned else going_on}"
+        )
         say(f"  sample  rediffuse sample {run.id}")
 
     def _announce(self, state: TrainState) -> None:
         run, training = self.run, self.config.training
         weights = sum(p.numel() for p in state.network.parameters())
         began = f"from {state.images_seen:,} " if state.images_seen else ""
-        until = f"{began}to {self.planned:,} images ({self.planned / self.images.per_epoch:.4g} epochs)"
+        until = (
+            f"{began}to {self.planned:,} images ({self.planned / self.images.per_epoch:.4g} epochs)"
+        )
         if training.stop_after_images:
             until += f", stopping at {training.stop_after_images:,}"
         say(f"run     {run.id}")
         say(f"in      {run.directory}")
-        say(f"model   {weights:,} parameters on {self.recipe.devices.device}, {self.config.determinism}")
+        say(
+            f"model   {weights:,} parameters on {self.recipe.devices.device}, {self.config.determinism}"
+        )
         say(f"trains  {until}")
         say(f"resume  rediffuse resume {run.id}")
         say(f"sample  rediffuse sample {run.id}")
@@ -201,10 +209,11 @@ def longer(run: Run, config: Config) -> str:
 
 def say(line: str) -> None:
     """Tell the user one line; a closed terminal is no reason to stop."""
-    try:
+    with suppress(BrokenPipeError, ValueError):
         print(line, flush=True)
-    except (BrokenPipeError, ValueError):
-        pass
 
 
-_TRACKERS = {"mlflow": mlflow.tracker, "tensorboard": tensorboard.tracker}
+_TRACKERS: dict[str, Callable[..., Tracker]] = {
+    "mlflow": mlflow.tracker,
+    "tensorboard": tensorboard.tracker,
+}

@@ -10,19 +10,38 @@ from rediffuse.cli import options
 @click.command()
 @click.argument("run_id", required=False)
 @click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
-@click.option("--n", "--num-samples", "--num_samples", "count", type=click.IntRange(1), help="How many.")
+@click.option(
+    "--n", "--num-samples", "--num_samples", "count", type=click.IntRange(1), help="How many."
+)
 @click.option("--seeds", help="Which: 0-63, or 3,5,8. Image j is the same in every job.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Another set of images.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Another set of images.",
+)
 @click.option("--class", "class_name", help="All of one class; else they take turns.")
-@click.option("--guidance", type=float, help="0 unconditional, 1 conditional, above 1 guided (w + 1).")
+@click.option(
+    "--guidance", type=float, help="0 unconditional, 1 conditional, above 1 guided (w + 1)."
+)
 @click.option("--solver", help="ancestral, ddim, dpmpp_2m, euler, heun; or 'heun churn=40'.")
 @click.option("--grid", help="Where it stops: trailing, karras, log_snr.")
 @click.option("--steps", type=click.IntRange(1), help="How many stops.")
 @click.option("--clip/--no-clip", default=None, help="Hold x_0 in the range of pixels.")
-@click.option("--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True)
-@click.option("--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number.")
+@click.option(
+    "--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True
+)
+@click.option(
+    "--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number."
+)
 @click.option("--batch-size", "--batch_size", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--output-dir", "--output_dir", type=click.Path(path_type=Path), help="Else in the run's samples/.")
+@click.option(
+    "--output-dir",
+    "--output_dir",
+    type=click.Path(path_type=Path),
+    help="Else in the run's samples/.",
+)
 @click.option("--film", is_flag=True, help="Also write the way from noise to image as a GIF.")
 @click.option("--device", default="auto", show_default=True)
 @options.root

@@ -14,7 +14,9 @@ _WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
 @click.command(context_settings=_WORDS)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from.")
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from."
+)
 @click.option("--run-name", "--run_name", "name", help="What `rediffuse runs` calls it.")
 @click.option("-m", "--multirun", is_flag=True, help="One run for each of `key=a,b,c`.")
 @click.option("--show-config", is_flag=True, help="Print the whole configuration and stop.")

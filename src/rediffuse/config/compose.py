@@ -149,7 +149,7 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
         text = file.read_text(encoding="utf-8")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise ConfigError(f"{file}: YAML aliases are not read; write the value out")
-        tree = yaml.load(text, _Floats)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, _Floats)
     except OSError as refused:
         raise ConfigError(f"{file}: cannot be read ({refused.strerror})") from None
     except UnicodeDecodeError:
@@ -161,7 +161,9 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
         raise ConfigError(f"{file}: expected `key: value` lines")
     for key, value in leaves(tree).items():
         if isinstance(value, str) and "${" in value:
-            raise ConfigError(f"{file}: {key}: '${{...}}' is not filled in here; write the value out")
+            raise ConfigError(
+                f"{file}: {key}: '${{...}}' is not filled in here; write the value out"
+            )
     return tree
 
 
@@ -189,7 +191,9 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         try:
             parsed = OverridesParser.create().parse_override(word.lstrip("-"))
         except HydraException:
-            raise ConfigError(f"{word!r} is not `key=value`; quote what has spaces or commas") from None
+            raise ConfigError(
+                f"{word!r} is not `key=value`; quote what has spaces or commas"
+            ) from None
         if parsed.is_sweep_override():
             raise ConfigError(f"{word!r} lists several values; add -m to train one run for each")
         if parsed.is_delete():
@@ -254,9 +258,7 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
         words.append("~experiment")  # the default preset is made for its own images
     try:
         with initialize_config_dir(str(home.resolve()), version_base="1.3"):
-            composed = hydra_compose(
-                _HYDRA_ROOT, [*words, f"hydra.searchpath=['file://{_OURS}']"]
-            )
+            composed = hydra_compose(_HYDRA_ROOT, [*words, f"hydra.searchpath=['file://{_OURS}']"])
             return dict(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as refused:
         raise ConfigError(" ".join(str(refused).split())) from None
@@ -269,7 +271,9 @@ def _merge(tree: Tree, more: Mapping[str, Any]) -> None:
         mine = tree.get(key)
         if isinstance(value, Mapping) and isinstance(mine, dict):
             if value.get("name", mine.get("name")) != mine.get("name"):
-                tree[key] = dict(value)  # another part: the arguments of the old one mean nothing to it
+                tree[key] = dict(
+                    value
+                )  # another part: the arguments of the old one mean nothing to it
             else:
                 _merge(mine, value)
         else:

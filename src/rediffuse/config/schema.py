@@ -81,7 +81,9 @@ class Training(Section):
     @model_validator(mode="after")
     def _one_length(self) -> "Training":
         if (self.epochs is None) == (self.images is None):
-            raise ValueError("give either training.epochs or training.images (set the other to null)")
+            raise ValueError(
+                "give either training.epochs or training.images (set the other to null)"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"training.accumulation={self.accumulation} must divide training.batch_size="

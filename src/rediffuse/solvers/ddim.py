@@ -25,7 +25,9 @@ def ddim(
         now, then = schedule(t), schedule(s)
         predicted = denoise(x, t)
         # Never negative but for rounding, and 0 on data: its root must not be NaN.
-        fresh = eta * transition_variance(schedule, t, s).clamp(min=0).sqrt() * then.sigma / now.sigma
+        fresh = (
+            eta * transition_variance(schedule, t, s).clamp(min=0).sqrt() * then.sigma / now.sigma
+        )
         kept = (then.sigma**2 - fresh**2).clamp(min=0).sqrt()
         x = expand(then.alpha, x) * predicted.x_0 + expand(kept, x) * predicted.eps
         if eta and s > 0:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ class Console:
         self._stream = sys.stderr if stream is None else stream
         self._planned, self._first = planned_images, images_seen
         self._began = self._last_line = time.monotonic()
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._shown: dict[str, Number] = {}
 
     def metrics(self, values: Mapping[str, Number], images_seen: int) -> None:

@@ -24,10 +24,11 @@ class Journal:
         self, directory: Path, trackers: Sequence[Tracker], params: Mapping[str, Any], say: Say
     ) -> None:
         self._directory = directory
-        self._feeders = feeders(directory, trackers, params, say)
+        flat = dict(leaves(params))
+        self._feeders = [Feeder(tracker, directory, flat, say) for tracker in trackers]
 
-    def start(self, images_seen: int) -> None:
-        """Begin at `images_seen`: what an earlier process wrote after that point is dropped."""
+    def start(self, images_seen: int | None) -> None:
+        """Begin at `images_seen`: metrics that an earlier process wrote after it are dropped."""
         (self._directory / "logs").mkdir(exist_ok=True)
         cut_back(self._directory / "metrics.jsonl", images_seen)
         cut_back(self._directory / ARTIFACTS, None)
@@ -73,18 +74,9 @@ def replay(
     timeout_s: float = CLOSE_S,
 ) -> bool:
     """Send what trackers miss of a run that ended as `status`; hold the run's lock meanwhile."""
-    late = feeders(directory, trackers, params, say)
-    for feeder in late:
-        feeder.start()
-    return close_all(late, status, timeout_s)
-
-
-def feeders(
-    directory: Path, trackers: Sequence[Tracker], params: Mapping[str, Any], say: Say
-) -> list[Feeder]:
-    """One feeder per tracker, none of them started."""
-    flat = dict(leaves(params))
-    return [Feeder(tracker, directory, flat, say) for tracker in trackers]
+    late = Journal(directory, trackers, params, say)
+    late.start(None)
+    return late.close(status, timeout_s)
 
 
 def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

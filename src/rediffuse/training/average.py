@@ -16,7 +16,7 @@ class Average:
     def __init__(self, network: nn.Module, *, half_life_images: int, warm_up: bool = True) -> None:
         self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
         self._half_life_images, self._warm_up = half_life_images, warm_up
-        self._averaged = list(self.network.parameters())
+        self._averaged: list[Tensor] = list(self.network.parameters())
         self._copied = list(self.network.buffers())
 
     def decay(self, images_seen: int, batch_size: int) -> float:

@@ -166,14 +166,18 @@ def retain(folder: Path, latest: int) -> None:
             old.rename(doomed)
             shutil.rmtree(doomed)
     for left in (*folder.glob(".trash-*"), *folder.glob(".building-*")):
-        shutil.rmtree(left, ignore_errors=True)  # what a killed process left; the run's lock is ours
+        shutil.rmtree(
+            left, ignore_errors=True
+        )  # what a killed process left; the run's lock is ours
 
 
 def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, if any was measured."""
     measured = {c: facts(c)["validation_loss"] for c in checkpoints(folder)}
     return min(
-        (c for c, loss in measured.items() if loss is not None), key=measured.__getitem__, default=None
+        (c for c, loss in measured.items() if loss is not None),
+        key=measured.__getitem__,
+        default=None,
     )
 
 

@@ -73,9 +73,7 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     return {"loss": loss, "gradient_norm": norm, "learning_rate": torch.tensor(rate)}
 
 
-def accumulate(
-    recipe: Recipe, state: TrainState, batches: Sequence[Batch]
-) -> tuple[Tensor, Sums]:
+def accumulate(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> tuple[Tensor, Sums]:
     """Add up the gradients of the mean loss over the whole batch; return that mean and the sums to log."""
     total, sums = torch.zeros((), device=recipe.devices.device), Sums()
     for batch in batches:
