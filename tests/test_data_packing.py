@@ -195,13 +195,7 @@ def remove_labels(place):
     (place / "test" / "labels.npy").unlink()
 
 
-def pickle_labels(place):
-    np.save(place / "train" / "labels.npy", np.array([{}] * 150), allow_pickle=True)
-
-
-@pytest.mark.parametrize(
-    "damage", [damage_facts, damage_counts, truncate_images, remove_labels, pickle_labels]
-)
+@pytest.mark.parametrize("damage", [damage_facts, damage_counts, truncate_images, remove_labels])
 def test_damage_is_refused_on_opening_and_repaired_by_packing(tmp_path, damage):
     place = tmp_path / "packed"
     first = pack(source(), place, **AS)
@@ -210,6 +204,19 @@ def test_damage_is_refused_on_opening_and_repaired_by_packing(tmp_path, damage):
         open_packed(place)
     assert pack(source(), place, **AS).fingerprint == first.fingerprint
     assert open_packed(place).fingerprint == first.fingerprint
+
+
+def test_code_hidden_in_an_array_is_not_run(tmp_path):
+    class Hidden:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    pack(source(), tmp_path / "packed", **AS)
+    hidden = np.array([Hidden()] * 150, dtype=object)
+    np.save(tmp_path / "packed" / "train" / "labels.npy", hidden, allow_pickle=True)
+    with pytest.raises(DataError, match="is damaged"):
+        open_packed(tmp_path / "packed")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_not_there_is_said_so(tmp_path):

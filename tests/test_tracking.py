@@ -327,24 +327,29 @@ def killed_runs(root: Path, cwd: Path, count: int) -> list[str]:
 
 
 KILLED_AT_40 = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
-from rediffuse.tracking import feeder, mlflow
+from rediffuse.tracking import mlflow
 from rediffuse.tracking.journal import Journal
+
+class KilledInBetween(mlflow.Mlflow):  # after a delivery and before that is noted anywhere
+    delivered = threading.Event()
+    def metrics(self, rows):
+        super().metrics(rows)
+        self.delivered.set()
+        threading.Event().wait()
+
 root = Path(sys.argv[1])
-run_id = mlflow.create_run(root, "tests", "killed", print)
-(root / run_id).mkdir()
-feeder.FLUSH_S = 0.05
-tracker = mlflow.tracker(root / run_id, "tests", "killed", None)
-journal = Journal(root / run_id, [tracker], {"seed": 0, "deep": "x" * 10_000, "a@b": 1}, print)
+run = root / mlflow.create_run(root, "tests", "killed", print)
+run.mkdir()
+tracker = KilledInBetween(run, "tests", "killed", None)
+journal = Journal(run, [tracker], {"seed": 0, "deep": "x" * 10_000, "a@b": 1}, print)
 journal.start(0)
 for images in range(1, 41):
     journal.metrics({"loss": images / 7, "grad norm@0": images / 3}, images)
     if images == 20:
-        book = root / run_id / "logs" / "mlflow.json"
-        while not book.exists() or '"loss": 20' not in book.read_text():
-            pass
-print(run_id, flush=True)
+        tracker.delivered.wait(120)
+print(run.name, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

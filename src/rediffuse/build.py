@@ -188,8 +188,10 @@ def _users_own(axis: str, name: str, key: str, trusted: Sequence[str] | None) ->
     except (ImportError, AttributeError):
         raise ConfigError(missing) from None
     wanted = AXES[axis].positional
-    if not callable(found) or _positional(found) != wanted:
-        raise ConfigError(f"{key}: '{name}' must be a function of ({', '.join(wanted)}, *, ...)")
+    if not inspect.isfunction(found) or _positional(found) != wanted:
+        raise ConfigError(
+            f"{missing}; one of your own is a function of ({', '.join([*wanted, '*', '...'])})"
+        )
     return found
 
 

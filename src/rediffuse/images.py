@@ -15,7 +15,7 @@ from rediffuse.config.schema import Data
 from rediffuse.data.packing import Packed, Part, pack
 from rediffuse.data.splits import split
 
-Rows = Int64[np.ndarray, " rows"]
+Rows = Int64[np.ndarray, " _"]  # any number of rows
 
 
 @dataclass(frozen=True)

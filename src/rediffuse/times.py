@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from rediffuse.errors import ConfigError
 from rediffuse.process import Schedule
 
 Times = Callable[[Schedule, Tensor], Tensor]
@@ -13,7 +14,16 @@ Uniform = Float64[Tensor, " batch"]
 
 
 def uniform_steps(schedule: Schedule, u: Uniform) -> Uniform:
-    """Every step 1 .. T of a discrete chain equally often (Ho et al. 2020, Alg. 1)."""
+    """Every step 1 .. T of a discrete chain equally often (Ho et al. 2020, Alg. 1).
+
+    Raises:
+        ConfigError: if the schedule's clock does not go in steps.
+    """
+    if schedule.t_max <= 1 or schedule.snap(torch.tensor(schedule.t_max - 0.25)) != schedule.t_max:
+        raise ConfigError(
+            "times 'uniform_steps' draws whole steps, and this schedule's clock has none; "
+            "use times=uniform, logit_normal or log_normal"
+        )
     return schedule.snap((u * schedule.t_max).floor() + 1)
 
 

@@ -83,7 +83,7 @@ def checked(tree: Tree) -> Config:
 
 def unknown_key(key: str, tree: Tree) -> str:
     """The sentence for a key that does not exist, with the nearest one that does."""
-    near = did_you_mean(key, [*leaves(tree), *tree])
+    near = did_you_mean(key, (known for known in [*_all_keys(tree), *tree] if known != key))
     return f"{key}: no such key{near} (`rediffuse train --help` tells how to list them all)"
 
 
@@ -252,13 +252,14 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
             )
     place = {axis: f"{axis}@sampling.{axis}" for axis in ("solver", "grid", "guidance")}
     theirs = Path.cwd() / "configs"
-    home = theirs if theirs.is_dir() else _OURS
+    places = [f"file://{home}" for home in (theirs, _OURS) if home.is_dir()]
     words = [f"{place.get(group, group)}={choice}" for group, choice in choices.items()]
     if "data" in choices and "experiment" not in choices:
         words.append("~experiment")  # the default preset is made for its own images
     try:
-        with initialize_config_dir(str(home.resolve()), version_base="1.3"):
-            composed = hydra_compose(_HYDRA_ROOT, [*words, f"hydra.searchpath=['file://{_OURS}']"])
+        # The root file is ours and lies where no file of the user's can shadow it by accident.
+        with initialize_config_dir(str(_OURS / "root"), version_base="1.3"):
+            composed = hydra_compose(_HYDRA_ROOT, [*words, f"hydra.searchpath={places}"])
             return dict(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as refused:
         raise ConfigError(" ".join(str(refused).split())) from None

@@ -220,7 +220,7 @@ def _write_part(
 ) -> dict[str, Any]:
     labels: list[int] = []
     skipped: list[Broken] = []
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(shape).encode())
     folder.mkdir()
     with (folder / "images.npy").open("wb") as out:
         _write_header(out, (0, *shape))
@@ -234,11 +234,13 @@ def _write_part(
         _write_header(out, (len(labels), *shape))
     if not labels:
         raise DataError(f"the {folder.name} part has no image that can be used")
-    digest.update(np.array(labels, "<i8").tobytes())
-    np.save(folder / "labels.npy", np.array(labels, np.int64))
+    classes = np.array(labels, np.int64)
+    digest.update(classes.astype("<i8").tobytes())
+    np.save(folder / "labels.npy", classes)
+    counts = np.bincount(classes[classes >= 0], minlength=len(class_names)).tolist()
     return {
         "images": len(labels),
-        "per_class": {name: labels.count(label) for label, name in enumerate(class_names)},
+        "per_class": dict(zip(class_names, counts, strict=True)),
         "skipped": [broken._asdict() for broken in skipped],
         "sha256": digest.hexdigest(),
     }

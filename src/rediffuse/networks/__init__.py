@@ -1,1 +1,1 @@
-"""Networks know nothing of diffusion: `network(x, label, cond)`, where `label` tells the noise level."""
+"""Networks know nothing of diffusion: `network(x, label, cond)`; `label` tells the noise level."""

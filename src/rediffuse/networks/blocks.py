@@ -1,22 +1,33 @@
 """The layers of a U-Net: residual blocks and changes of size."""
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
-from rediffuse.networks.norms import Norm, forgets_channel_means, group, zero
+from rediffuse.networks.norms import Norm, forgets_channel_means, group
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def zero(layer: Layer) -> Layer:
+    """Let a layer begin as 0, as Ho et al. 2020's code does where a residual branch ends."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 class ResidualBlock(nn.Module):
     """Norm-SiLU-conv twice, told of an embedding between the two (Ho et al. 2020, App. B).
 
-    The embedding is added to every position, or with `scale_shift` it scales and shifts the second norm
-    (Dhariwal & Nichol 2021, Sec. 3.1). `resample` changes the size inside the block and beside it, as in
-    BigGAN (Brock et al. 2019, App. B), and then in_channels must equal out_channels.
+    The embedding is added to every position; with `scale_shift` it scales and shifts what the
+    second norm gives (Dhariwal & Nichol 2021, Sec. 3.1). `resample` changes the size, inside the
+    block and beside it (Brock et al. 2019, App. B: "BigGAN").
 
     Raises:
-        ConfigError: if the norm would take away again what the embedding adds.
+        ConfigError: if the norm takes away again what the embedding adds.
     """
 
     def __init__(
@@ -39,15 +50,12 @@ class ResidualBlock(nn.Module):
         self.norm_2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         if forgets_channel_means(self.norm_2) and not scale_shift:
             raise ConfigError(
-                f"a norm of {out_channels} channels one by one subtracts again what the noise level "
-                "adds to them; use scale_shift=true, or a norm over more channels (fewer groups)"
+                f"a norm of each of {out_channels} channels by itself subtracts what the noise "
+                "level adds; use scale_shift=true, or a norm over several channels (fewer groups)"
             )
 
     def forward(
@@ -61,11 +69,12 @@ class ResidualBlock(nn.Module):
         else:
             h = self.norm_2(h + modulation)
         h = self.conv_2(self.dropout(F.silu(h)))
-        return self.skip(self.resample(x)) + h
+        skipped: Tensor = self.skip(self.resample(x))
+        return skipped + h
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution, padded as TensorFlow's "SAME" (Ho et al. 2020)."""
+    """Halve height and width by a strided convolution, padded as TensorFlow's "SAME"."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -74,11 +83,12 @@ class Downsample(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height//2 width//2"]:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return halved
 
 
 class Upsample(nn.Module):
-    """Double height and width by repeating pixels, then convolve (Ho et al. 2020)."""
+    """Double height and width by repeating pixels, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -87,7 +97,8 @@ class Upsample(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel 2*height 2*width"]:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return doubled
 
 
 class Stage(nn.ModuleList):

@@ -5,16 +5,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
 
 
-def sinusoidal(label: Float[Tensor, " batch"], dim: int) -> Float[Tensor, "batch {dim}"]:
-    """[sin(f·label), cos(f·label)], f from 1 down to 1/10000 (Vaswani et al. 2017, Sec. 3.5; Ho et al. 2020).
+def sinusoidal(label: Float[Tensor, " batch"], dim: int) -> Float32[Tensor, "batch {dim}"]:
+    """[sin(f·label), cos(f·label)] for dim/2 values of f, from 1 to 1/10000 in a geometric row.
 
-    `dim` is even and at least 4. Always float32: bfloat16 would turn label 999 into 1000.
+    Vaswani et al. 2017, Sec. 3.5, in the order of Ho et al. 2020's code. `dim` is even, at least 4.
+    Always float32: bfloat16 would turn label 999 into 1000.
     """
     steps = torch.arange(dim // 2, dtype=torch.float32, device=label.device)
     frequencies = torch.exp(-math.log(10_000) * steps / (dim // 2 - 1))
@@ -23,9 +24,11 @@ def sinusoidal(label: Float[Tensor, " batch"], dim: int) -> Float[Tensor, "batch
 
 
 class Embedding(nn.Module):
-    """SiLU of an MLP of the label plus a row per class (Ho et al. 2020; Dhariwal & Nichol 2021, Sec. 3.1).
+    """A two-layer MLP of the label, plus a row for the class (Ho et al. 2020, App. B).
 
-    `null_class` adds row `num_classes`, for images whose class is not told. `base` is even.
+    The class is added as in Dhariwal & Nichol 2021, Sec. 3; with `null_class` the table has one row
+    more, number `num_classes`, for images whose class is not told. `base` is as for `sinusoidal`.
+    Float32 even under autocast.
     """
 
     def __init__(
@@ -41,29 +44,27 @@ class Embedding(nn.Module):
         self, label: Float[Tensor, " batch"], cond: Int[Tensor, " batch"] | None
     ) -> Float[Tensor, "batch dim"]:
         with _without_autocast(label.device):
-            wave = sinusoidal(label, self.base).to(self.linear_1.weight.dtype)
-            h = self.linear_2(F.silu(self.linear_1(wave)))
-            return F.silu(self._add_class(h, cond))
+            waves = sinusoidal(label, self.base).to(self.linear_1.weight.dtype)
+            embedding: Tensor = self.linear_2(F.silu(self.linear_1(waves)))
+            row = self._row(cond)
+            return embedding if row is None else embedding + row
 
-    def _add_class(self, h: Tensor, cond: Tensor | None) -> Tensor:
-        if self.classes is None:
-            if cond is not None:
-                raise ConfigError(
-                    "this network knows no classes, but cond was given; leave it out, "
-                    "or build the network with num_classes"
-                )
-            return h
-        if cond is None:
+    def _row(self, cond: Tensor | None) -> Tensor | None:
+        if self.classes is None and cond is not None:
             raise ConfigError(
-                f"this network needs cond, one class index per image "
-                f"(0 .. {self.classes.num_embeddings - 1}), but none was given"
+                "this network was built without classes, but cond was given; "
+                "leave cond out, or build it with num_classes"
             )
-        row: Tensor = self.classes(cond)
-        return h + row
+        if self.classes is not None and cond is None:
+            raise ConfigError(
+                "this network was built with classes, but no cond was given; "
+                f"give one class index per image, 0 .. {self.classes.num_embeddings - 1}"
+            )
+        return None if self.classes is None else self.classes(cond)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Keep float32 where a device has autocast; `meta`, where shapes and FLOPs are counted, has none."""
+    """Turn autocast off; `meta`, where parameters and FLOPs are counted, has none."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020 and, by its options, of Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021."""
+"""The U-Net of Ho et al. 2020 and, by its options, of the papers that followed."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,23 +10,25 @@ from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
 from rediffuse.networks.attention import Attention
-from rediffuse.networks.blocks import Downsample, ResidualBlock, Stage, Upsample
+from rediffuse.networks.blocks import Downsample, ResidualBlock, Stage, Upsample, zero
 from rediffuse.networks.embeddings import Embedding
-from rediffuse.networks.norms import Norm, group, zero
+from rediffuse.networks.norms import Norm, group
 
 
 class UNet(nn.Module):
-    """Down, through the middle and up again, every way down remembered for the way up (Ho et al. 2020, App. B).
+    """Go down level by level and up again, where each step down is remembered by a step up.
 
-    Images are square. Level i halves the size i times and is `base_channels * channel_multipliers[i]`
-    channels wide; levels whose feature maps are `attention_resolutions` pixels wide attend, the middle
-    always. Defaults are Ho et al.'s for CIFAR-10. Improved DDPM has `scale_shift`; ADM also has
-    `head_channels=64` and `residual_resampling` (Dhariwal & Nichol 2021, Sec. 3.1).
-    A fresh network answers with zeros.
+    Images are square. Level i sees them halved i times, `base_channels * channel_multipliers[i]`
+    channels wide. Levels whose feature maps are one of `attention_resolutions` (pixels) attend, and
+    the middle always does.
+
+    Defaults: Ho et al. 2020, App. B, for CIFAR-10. `scale_shift`: Nichol & Dhariwal 2021, who call
+    the network improved DDPM; with `head_channels=64` and `residual_resampling` too it is ADM
+    (Dhariwal & Nichol 2021, Sec. 3.1). A new network answers 0 to everything.
 
     Raises:
-        ConfigError: if the levels cannot halve the size, no level has a size that is to attend, or
-            channels cannot be split into the groups or heads.
+        ConfigError: if the size cannot be halved that often, no level has a size that is to attend,
+            or the channels cannot be split into the groups or heads.
     """
 
     def __init__(
@@ -49,58 +51,53 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = feature_sizes(image_size, len(channel_multipliers))
-        check_attention(attention_resolutions, sizes)
-        embedding_channels = 4 * base_channels
+        _check_numbers(base_channels, channel_multipliers, blocks_per_level, dropout)
+        sizes = _feature_sizes(image_size, len(channel_multipliers))
+        _check_attention(attention_resolutions, sizes)
         attention = partial(Attention, norm=norm, heads=heads, head_channels=head_channels)
         block = partial(
             ResidualBlock,
-            embedding_channels=embedding_channels,
+            embedding_channels=4 * base_channels,
             norm=norm,
             scale_shift=scale_shift,
             dropout=dropout,
         )
 
-        def stage(into: int, out: int, size: int) -> Stage:
-            attends = [attention(out)] if size in attention_resolutions else []
-            return Stage([block(into, out), *attends])
+        def stage(before: int, after: int, size: int) -> Stage:
+            attends = [attention(after)] if size in attention_resolutions else []
+            return Stage([block(before, after), *attends])
 
-        def shrink(channels: int) -> nn.Module:
+        def resized(channels: int, plain: type[nn.Module], resample: nn.Module) -> nn.Module:
             if residual_resampling:
-                return block(channels, channels, resample=nn.AvgPool2d(2))
-            return Downsample(channels)
+                return block(channels, channels, resample=resample)
+            return plain(channels)
 
-        def grow(channels: int) -> nn.Module:
-            if residual_resampling:
-                return block(channels, channels, resample=nn.Upsample(scale_factor=2))
-            return Upsample(channels)
-
-        self.embedding = Embedding(
-            base_channels, embedding_channels, num_classes=num_classes, null_class=null_class
-        )
-        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        width = base_channels
+        widths = [width]  # of what is remembered on the way down
         levels = [
             (size, base_channels * m) for size, m in zip(sizes, channel_multipliers, strict=True)
         ]
-        width = base_channels
-        remembered = [width]
+
+        self.embedding = Embedding(
+            base_channels, 4 * base_channels, num_classes=num_classes, null_class=null_class
+        )
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
-        for size, out in levels:
+        for size, after in levels:
             for _ in range(blocks_per_level):
-                self.down.append(stage(width, out, size))
-                width = out
-                remembered.append(width)
+                self.down.append(stage(width, after, size))
+                widths.append(width := after)
             if size != sizes[-1]:
-                self.down.append(Stage([shrink(width)]))
-                remembered.append(width)
+                self.down.append(Stage([resized(width, Downsample, nn.AvgPool2d(2))]))
+                widths.append(width)
         self.middle = Stage([block(width, width), attention(width), block(width, width)])
         self.up = nn.ModuleList()
-        for size, out in reversed(levels):
+        for size, after in reversed(levels):
             for _ in range(blocks_per_level + 1):
-                self.up.append(stage(width + remembered.pop(), out, size))
-                width = out
+                self.up.append(last := stage(width + widths.pop(), after, size))
+                width = after
             if size != sizes[0]:
-                self.up[-1].append(grow(width))
+                last.append(resized(width, Upsample, nn.Upsample(scale_factor=2)))
         self.norm_out = norm(width)
         self.conv_out = zero(nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -110,7 +107,12 @@ class UNet(nn.Module):
         label: Float[Tensor, " batch"],
         cond: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out_c height width"]:
-        embedding = self.embedding(label, cond)
+        """Answer with an image for each x; `label` is a number per noise level, `cond` a class.
+
+        Raises:
+            ConfigError: if there is a cond but no classes, or the other way round.
+        """
+        embedding = F.silu(self.embedding(label, cond))
         h = self.conv_in(x)
         remembered = [h]
         for stage in self.down:
@@ -119,26 +121,38 @@ class UNet(nn.Module):
         h = self.middle(h, embedding)
         for stage in self.up:
             h = stage(torch.cat((h, remembered.pop()), dim=1), embedding)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return output
 
 
-def feature_sizes(image_size: int, levels: int) -> list[int]:
-    """The size of each level's feature maps in pixels, or a ConfigError that names sizes that would do."""
+def _check_numbers(base: int, multipliers: Sequence[int], blocks: int, dropout: float) -> None:
+    if base < 4 or base % 2:
+        raise ConfigError(f"base_channels must be even and at least 4, not {base}")
+    if not multipliers or min(multipliers) < 1:
+        raise ConfigError(
+            f"channel_multipliers must be one positive number per level, not {list(multipliers)}"
+        )
+    if blocks < 1:
+        raise ConfigError(f"blocks_per_level must be at least 1, not {blocks}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be a probability below 1, not {dropout}")
+
+
+def _feature_sizes(image_size: int, levels: int) -> list[int]:
     step = 2 ** (levels - 1)
-    if image_size < step or image_size % step:
+    if image_size % step:
         below = image_size // step * step
         nearest = f"{below}, {below + step}" if below else f"{step}"
         raise ConfigError(
-            f"image_size {image_size} cannot be halved {levels - 1} times; nearest that can: {nearest}"
+            f"image_size {image_size} cannot be halved {levels - 1} times; "
+            f"nearest that can: {nearest}"
         )
     return [image_size >> level for level in range(levels)]
 
 
-def check_attention(attention_resolutions: Sequence[int], sizes: list[int]) -> None:
-    """Refuse to attend at a size that no feature map has."""
-    missing = [size for size in attention_resolutions if size not in sizes]
-    if missing:
+def _check_attention(resolutions: Sequence[int], sizes: Sequence[int]) -> None:
+    if resolutions and not set(resolutions) & set(sizes):
         raise ConfigError(
-            f"attention_resolutions {list(attention_resolutions)}: no feature map is {missing[0]} pixels "
-            f"wide; this network's are {', '.join(map(str, sizes))}"
+            f"attention_resolutions {list(resolutions)} names no feature map of this network; they "
+            f"are {', '.join(map(str, sizes))} pixels wide ([] leaves attention to the middle)"
         )

@@ -64,6 +64,7 @@ class Mlflow:
             self._tags |= {"mlflow.parentRunId": parent}
         self._client: Any = None
         self._id = directory.name
+        self._held: dict[str, int] = {}
 
     def open(self, params: Mapping[str, Any]) -> None:
         """Set the run RUNNING; parameters are written once, later ones are tags `drift.<name>`."""
@@ -73,6 +74,7 @@ class Mlflow:
         run = self._find(experiment_id)
         self._id = run.info.run_id
         self._client.update_run(self._id, status="RUNNING")
+        self._held = {key: self._last_step(key) for key in run.data.metrics}
         wanted = {_key(key): str(value)[:PARAM_LENGTH] for key, value in params.items()}
         known = run.data.params
         drift = {f"drift.{k}": v for k, v in wanted.items() if known.get(k, v) != v}
@@ -83,14 +85,17 @@ class Mlflow:
             self._client.log_batch(self._id, params=some)
 
     def metrics(self, rows: Sequence[Row]) -> None:
-        """Send rows; MLflow drops a point of the same name, step, time and value as one it has."""
+        """Send what is after the last step that MLflow had at `open`.
+
+        Within one process a repetition is equal in name, step, time and value; MLflow drops those.
+        """
         from mlflow.entities import Metric
 
         points = [
             Metric(_key(key), value, round(row["time"] * 1000), int(row["images"]))
             for row in rows
             for key, value in row.items()
-            if key not in ("images", "time")
+            if key not in ("images", "time") and row["images"] > self._held.get(_key(key), -1)
         ]
         for some in _chunks(points, METRICS_AT_ONCE):
             self._client.log_batch(self._id, metrics=some)
@@ -103,6 +108,9 @@ class Mlflow:
     def close(self, status: str) -> None:
         """End the run."""
         self._client.set_terminated(self._id, status)
+
+    def _last_step(self, key: str) -> int:
+        return max(point.step for point in self._client.get_metric_history(self._id, key))
 
     def _find(self, experiment_id: str) -> Any:
         """MLflow's run: of our id, or made later for a run that started without MLflow."""
