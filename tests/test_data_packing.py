@@ -35,6 +35,11 @@ def source(count=150, seed=0, identity="noise"):
     return Source(("a", "b", "c"), parts, identity)
 
 
+class Unlabelled(list):
+    def __getitem__(self, row):
+        return Example(Image.fromarray(super().__getitem__(row)), None, str(row))
+
+
 def save(place, *names):
     for seed, name in enumerate(names):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,15 @@ def test_the_fingerprint_depends_on_content_alone(tmp_path):
     others = [source(seed=5), source(149), renamed, relabelled]
     found = {pack(s, tmp_path / f"{k}-", **AS).fingerprint for k, s in enumerate(others)}
     assert len(found | {first}) == 5
+
+
+def test_equal_bytes_in_another_shape_have_another_fingerprint(tmp_path):
+    white = np.full((2, 16, 16), 255, np.uint8)
+    images = Source((), {"train": Unlabelled(white)}, "white")
+    grey = pack(images, tmp_path / "grey", image_size=16, channels=1)
+    rgba = pack(images, tmp_path / "rgba", image_size=8, channels=4)
+    assert grey.part("train").images.tobytes() == rgba.part("train").images.tobytes()
+    assert grey.fingerprint != rgba.fingerprint
 
 
 def test_times_of_change_move_the_identity_but_not_the_fingerprint(tmp_path):

@@ -55,7 +55,9 @@ def learned(schedule, std: float, fraction: float):
 
 
 @pytest.mark.parametrize(("scale", "same"), [(1.0, 0), (0.0, 1)])
-def test_scale_1_is_the_conditional_and_0_the_unconditional_bit_for_bit_with_one_forward(scale, same):
+def test_scale_1_is_the_conditional_and_0_the_unconditional_bit_for_bit_with_one_forward(
+    scale, same
+):
     schedule, x, t = discrete.linear(), images(2, 4, 3, 3), scalar(500.0)
     both = [Counted(learned(schedule, std, fraction)) for std, fraction in ((0.5, 0.2), (0.7, 0.6))]
     found = classifier_free(*both, scale=scale)(x, t)
@@ -66,7 +68,9 @@ def test_scale_1_is_the_conditional_and_0_the_unconditional_bit_for_bit_with_one
 
 @pytest.mark.parametrize("scale", [-1.0, 0.5, 3.0, 7.5])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_guidance_moves_every_channel_of_image_and_noise_from_unconditional_to_conditional(scale, channels):
+def test_guidance_moves_every_channel_of_image_and_noise_from_unconditional_to_conditional(
+    scale, channels
+):
     schedule, x, t = discrete.linear(), images(2, channels, 3, 3), scalar(500.0)
     conditional, unconditional = learned(schedule, 0.5, 0.2), learned(schedule, 0.7, 0.6)
     found = classifier_free(conditional, unconditional, scale=scale)(x, t)
@@ -161,7 +165,9 @@ def test_sampling_starts_from_the_keyed_noise_of_t_max(schedule):
 def test_a_stochastic_solver_goes_on_with_the_second_draw():
     schedule, numbers = discrete.linear(), torch.tensor([5, 900])
     times, like = trailing(schedule, 3), torch.empty(2, 2, dtype=torch.float64)
-    found = next(trajectory(two_points(schedule), schedule, ancestral, times, ImageNoise(3, numbers), like))
+    found = next(
+        trajectory(two_points(schedule), schedule, ancestral, times, ImageNoise(3, numbers), like)
+    )
     first, second = (normal(3, Stream.SAMPLING, numbers, (2,), draw).double() for draw in (0, 1))
     x = first * schedule(times[0]).sigma
     expected = next(ancestral(two_points(schedule), schedule, x, times, lambda _: second))
@@ -192,7 +198,9 @@ def test_inference_mode_never_leaks_when_a_caller_stops_or_a_denoiser_fails():
     def failing(x_t: Tensor, t: Tensor) -> Prediction:
         raise KeyError
 
-    walk = trajectory(gaussian(schedule), schedule, euler, times, ImageNoise(3, torch.arange(2)), like)
+    walk = trajectory(
+        gaussian(schedule), schedule, euler, times, ImageNoise(3, torch.arange(2)), like
+    )
     next(walk)
     walk.close()
     assert not torch.is_inference_mode_enabled()
@@ -212,7 +220,9 @@ def test_samples_of_an_exact_denoiser_have_the_distribution_of_its_data():
 
     normals = sampled(gaussian(schedule))
     assert normals.mean().item() == pytest.approx(0, abs=4 * 0.5 / 3000**0.5)
-    assert normals.std().item() == pytest.approx(0.505, abs=4 * 0.5 / 6000**0.5)  # 1 % of it is Heun's
+    assert normals.std().item() == pytest.approx(
+        0.505, abs=4 * 0.5 / 6000**0.5
+    )  # 1 % of it is Heun's
     points = sampled(two_points(schedule))
     torch.testing.assert_close(points.abs(), torch.ones_like(points), rtol=0, atol=1e-6)
     assert (points > 0).double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 3000**0.5)

@@ -25,7 +25,9 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("preset", sorted(f.stem for f in (CONFIGS / "experiment").glob("*.yaml")))
-def test_every_preset_composes_checks_and_survives_its_own_yaml(preset: str, tmp_path: Path) -> None:
+def test_every_preset_composes_checks_and_survives_its_own_yaml(
+    preset: str, tmp_path: Path
+) -> None:
     config = compose([f"experiment={preset}"])
     if config.data.name == "folder":
         config = compose([f"experiment={preset}", f"data.path={tmp_path}"])
@@ -71,7 +73,9 @@ def test_a_users_own_configs_folder_shadows_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "configs" / "rate").mkdir(parents=True)
-    (tmp_path / "configs" / "rate" / "constant.yaml").write_text("name: constant\nhorizon_images: 7\n")
+    (tmp_path / "configs" / "rate" / "constant.yaml").write_text(
+        "name: constant\nhorizon_images: 7\n"
+    )
     (tmp_path / "configs" / "target").mkdir()
     (tmp_path / "configs" / "target" / "mine.yaml").write_text("name: edm\nsigma_data: 0.25\n")
     monkeypatch.chdir(tmp_path)
@@ -94,7 +98,9 @@ def test_a_users_own_part_needs_trust_once_it_comes_with_a_run(
     assert build.bind("weighting", part, "weighting")(scales, None).tolist() == [3.0]
     with pytest.raises(build.ConfigError, match="--trust my_lab"):
         build.bind("weighting", part, "weighting", trusted=())
-    assert build.bind("weighting", part, "weighting", trusted=("my_lab",)).keywords == {"factor": 3.0}
+    assert build.bind("weighting", part, "weighting", trusted=("my_lab",)).keywords == {
+        "factor": 3.0
+    }
 
 
 def test_the_later_word_wins_file_over_defaults_and_command_line_over_file(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_posterior_over_strides_is_that_of_the_respaced_chain(schedule, stri
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_the_posterior_is_gaussian_conditioning_and_keeps_the_marginal(schedule):
-    """Bayes' rule on q(x_s | x_0)·q(x_t | x_s); over x_t ~ q(x_t | x_0) it must give q(x_s | x_0)."""
+    """Bayes' rule on q(x_s | x_0)·q(x_t | x_s); averaged over q(x_t | x_0) it is q(x_s | x_0)."""
     now = several_times(schedule)
     t, s = now[1:], now[:-1]
     var_ts = transition_variance(schedule, t, s)

@@ -12,7 +12,12 @@ from rediffuse.cli import main
 FLOW = ("schedule=flow", "times=uniform", "solver=euler")
 
 
-def refused(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(
+    words: list[str],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
     """The one line that a command answers with."""
     monkeypatch.setenv("REDIFFUSE_ROOT", str(root))
     monkeypatch.setattr("sys.argv", ["rediffuse", *words])
@@ -33,7 +38,10 @@ def refused(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["training.epoch=3"], "training.epoch: no such key; did you mean training.epochs?"),
         (["--learning_rat", "1e-3"], "learning_rat: no such key; did you mean"),
         (["--steps", "3"], "which one? schedule.steps or sampling.steps"),
-        (["training.learning_rate=fast"], "training.learning_rate: expected a valid number, not 'fast'"),
+        (
+            ["training.learning_rate=fast"],
+            "training.learning_rate: expected a valid number, not 'fast'",
+        ),
         (["training.batch_size=0"], "training.batch_size: expected greater than 0, not 0"),
         (["training.batch_size=true"], "training.batch_size: expected a valid integer, not True"),
         (["model.dropout=high"], "model.dropout: expected a valid number, not 'high'"),
@@ -116,7 +124,10 @@ def test_a_broken_image_is_named_and_refused_and_skipped_only_when_asked(
     root = tmp_path / "root"
     root.mkdir()
     assert "torn.png" in refused(["train", *words], root, monkeypatch, capsys)
-    monkeypatch.setattr("sys.argv", ["rediffuse", "data", "inspect", str(images), "data.image_size=16", "data.on_broken=skip"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["rediffuse", "data", "inspect", str(images), "data.image_size=16", "data.on_broken=skip"],
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
@@ -128,6 +139,9 @@ def test_an_empty_folder_is_refused(
 ) -> None:
     (tmp_path / "empty").mkdir()
     line = refused(
-        ["train", "data=folder", f"data.path={tmp_path / 'empty'}"], tmp_path / "root", monkeypatch, capsys
+        ["train", "data=folder", f"data.path={tmp_path / 'empty'}"],
+        tmp_path / "root",
+        monkeypatch,
+        capsys,
     )
     assert str(tmp_path / "empty") in line

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli import TINY, rediffuse, run_id
 from safetensors.torch import load_file
 
-# 20 steps of 48 images over an epoch of 216; 432 images are 9 steps, in the middle of the third epoch's
-# second day: no epoch, log, validation or checkpoint of the straight run ends there.
+# 20 steps of 48 images over an epoch of 216. 432 images are 9 steps, and no log, validation, preview or
+# checkpoint of the straight run falls there.
 LENGTH, MIDDLE = "training.images=960", "training.stop_after_images=432"
 EVERY = (
     "training.log_every_images=144",
@@ -23,42 +22,45 @@ EVERY = (
 )
 
 
-@pytest.fixture(scope="module", params=["constant", "cosine"])
-def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp(request.param)
-    rate = f"rate={request.param}"
-    run = run_id(rediffuse("train", *TINY, *EVERY, rate, LENGTH, root=root))
-    return root, rate, run
+def straight(root: Path, rate: str) -> str:
+    """One process from beginning to end, with previews and a loader thread."""
+    looks = ("training.previews=true", "data.workers=1")
+    return run_id(rediffuse("train", *TINY, *EVERY, *looks, rate, LENGTH, root=root))
 
 
-@pytest.mark.parametrize(
-    "looks",
-    [("training.previews=true", "data.workers=1"), ("training.previews=false", "data.workers=0")],
-)
-def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(
-    straight: Any, looks: tuple[str, str]
-) -> None:
-    root, rate, golden = straight
-    first = rediffuse("train", *TINY, *EVERY, rate, LENGTH, MIDDLE, *looks, root=root)
+def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(tmp_path: Path) -> None:
+    golden = straight(tmp_path, "rate=cosine")
+    looks = ("training.previews=false", "data.workers=0")
+    first = rediffuse("train", *TINY, *EVERY, *looks, "rate=cosine", LENGTH, MIDDLE, root=tmp_path)
     run = run_id(first)
-    assert newest(root, run).name == "step-00000009"
-    rediffuse("resume", run[:8], "training.stop_after_images=null", root=root)
-    assert_same_checkpoint(newest(root, golden), newest(root, run))
-    assert metrics(root, golden) == metrics(root, run)
+    assert newest(tmp_path, run).name == "step-00000009"
+    rediffuse("resume", run[:8], "training.stop_after_images=null", root=tmp_path)
+    assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
+    assert metrics(tmp_path, golden) == metrics(tmp_path, run)
 
 
-def test_a_run_extended_beyond_its_plan_equals_one_planned_so_at_a_constant_rate(
-    straight: Any,
+def test_a_run_made_longer_equals_one_that_was_planned_so(tmp_path: Path) -> None:
+    golden = straight(tmp_path, "rate=constant")
+    first = rediffuse("train", *TINY, *EVERY, "rate=constant", "training.images=432", root=tmp_path)
+    run = run_id(first)
+    rediffuse("train", f"resume_from_run_id={run}", LENGTH, root=tmp_path)
+    assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
+    assert metrics(tmp_path, golden) == metrics(tmp_path, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rate", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("stop", [48, 432, 624])
+def test_it_holds_for_every_rate_precision_and_moment(
+    tmp_path: Path, rate: str, precision: str, stop: int
 ) -> None:
-    root, rate, golden = straight
-    half = "training.images=480"
-    if (
-        rate == "rate=cosine"
-    ):  # its horizon was the shorter plan; the longer one is declared from the start
-        half += " rate.horizon_images=960"
-    run = run_id(rediffuse("train", *TINY, *EVERY, rate, *half.split(), root=root))
-    rediffuse("train", f"resume_from_run_id={run}", LENGTH, root=root)
-    assert_same_checkpoint(newest(root, golden), newest(root, run))
+    words = (*TINY, *EVERY, f"rate={rate}", f"training.precision={precision}", LENGTH)
+    golden = run_id(rediffuse("train", *words, root=tmp_path))
+    run = run_id(rediffuse("train", *words, f"training.stop_after_images={stop}", root=tmp_path))
+    rediffuse("resume", run, "training.stop_after_images=null", root=tmp_path)
+    assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
+    assert metrics(tmp_path, golden) == metrics(tmp_path, run)
 
 
 def newest(root: Path, run: str) -> Path:

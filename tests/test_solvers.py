@@ -50,7 +50,7 @@ def end_of(solver, schedule, times: Tensor, x_t: float) -> float:
 
 
 class Impulses:
-    """Noise that is 1 for row k at the k-th draw and 0 elsewhere: what comes out are gains, not samples."""
+    """Noise that is 1 for row k at the k-th draw, else 0: what comes out are gains, not samples."""
 
     def __init__(self) -> None:
         self.draws = 0
@@ -112,7 +112,7 @@ def test_the_published_ends_of_ddim_on_the_linear_chain():
 
 
 def test_the_published_output_variance_of_ancestral_sampling():
-    """Every step is linear in x and in its noise, so the squared gains of all of them sum to the variance."""
+    """Every step is linear in x and in its noise: the squared gains of all sum to the variance."""
     schedule, noise = discrete.linear(), Impulses()
     x = torch.zeros(1000, 1, dtype=torch.float64)
     x[0] = 1

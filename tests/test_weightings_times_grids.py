@@ -32,16 +32,16 @@ evenly = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_one_formula_gives_the_three_published_cases_of_min_snr(schedule):
+def test_min_snr_of_x_0_is_the_clipped_snr_and_of_eps_that_over_snr(schedule):
     at = schedule(several_times(schedule)[:-1])
     snr = (at.alpha / at.sigma) ** 2
-    cases = {targets.eps: snr.clamp(max=5) / snr, targets.x_0: snr.clamp(max=5)}
-    for target, literal in cases.items():
-        torch.testing.assert_close(min_snr(at, target), literal, rtol=1e-9, atol=0)
+    clipped = snr.clamp(max=5)
+    torch.testing.assert_close(min_snr(at, targets.x_0), clipped, rtol=1e-9, atol=0)
+    torch.testing.assert_close(min_snr(at, targets.eps), clipped / snr, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("schedule", CHAINS_OF_1000.values(), ids=CHAINS_OF_1000)
-def test_min_snr_of_v_is_over_snr_plus_one_in_a_variance_preserving_process(schedule):
+def test_min_snr_of_v_is_the_clipped_snr_over_snr_plus_one_where_variance_is_preserved(schedule):
     at = schedule(several_times(schedule))
     snr = (at.alpha / at.sigma) ** 2
     literal = snr.clamp(max=5) / (snr + 1)
@@ -124,7 +124,13 @@ def test_logit_normal_draws_the_middle_of_the_path_more_often():
     assert torch.logit(shifted).item() == pytest.approx(0.7, rel=1e-9)
 
 
-@pytest.mark.parametrize("draw", [uniform_steps, uniform, log_normal, logit_normal])
+@pytest.mark.parametrize("schedule", CONTINUOUS.values(), ids=CONTINUOUS)
+def test_uniform_steps_is_refused_on_a_clock_without_steps(schedule):
+    with pytest.raises(ConfigError, match=r"whole steps.*use times=uniform"):
+        uniform_steps(schedule, evenly)
+
+
+@pytest.mark.parametrize("draw", [uniform, log_normal, logit_normal])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_every_drawn_time_is_finite_and_known_to_the_network(draw, schedule):
     u = torch.cat((torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), evenly[::97]))

@@ -44,12 +44,10 @@ def _ends(schedule: Schedule, name: str) -> Tensor:
 
 
 def _at_half_log_snr(schedule: Schedule, half_log_snr: Tensor) -> Tensor:
-    """Read the clock at each λ, then data; the ends are exact, since a solver asks whether s >= t_min."""
+    """Read the clock at each λ, then data; the ends are exact, as solvers ask if s >= t_min."""
     times = schedule.time(half_log_snr)
-    times[-1], times[0] = (
-        schedule.t_min,
-        schedule.t_max,
-    )  # in this order: one step starts at the noise
+    times[-1] = schedule.t_min
+    times[0] = schedule.t_max  # afterwards: a grid of one step starts at the noise
     return _settled(schedule, _then_data(times))
 
 
@@ -65,7 +63,7 @@ def _settled(schedule: Schedule, times: Tensor) -> Tensor:
         return _then_data(known)
     if steps > schedule.t_max:
         raise ConfigError(f"{steps} sampling steps on a schedule of {schedule.t_max:g}; use fewer")
-    # Whole steps that fell on one another: push up from data, then down from the noise, one step apart.
+    # Whole steps that fell on one another: push up from data, then down from the noise, one apart.
     rank = torch.arange(steps, dtype=torch.float64)
     up = (known.flip(0) - rank).cummax(0).values + rank
     return _then_data(torch.minimum(up, schedule.t_max - (steps - 1) + rank).flip(0))

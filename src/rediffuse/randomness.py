@@ -92,15 +92,16 @@ def normal(
     return both.flatten(1)[:, :size].unflatten(1, shape)
 
 
-def permuted(position: Tensor, length: int, seed: int, epoch: int, stream: Stream) -> Tensor:
+def permuted(position: Tensor, length: int, seed: int, epoch: Tensor, stream: Stream) -> Tensor:
     """Where each position of an epoch lands in a random order of [0, length), in O(1) memory.
 
-    A Feistel network permutes the next power of four; values outside [0, length) walk on until they are
-    inside (Black & Rogaway 2002, "cycle walking"), which keeps it a permutation.
+    A Feistel network permutes the next power of four; values outside [0, length) walk on until they
+    are inside (Black & Rogaway 2002, "cycle walking"), which keeps it a permutation. `epoch` is one for
+    all positions, or one each.
     """
     half = max(_FEISTEL_HALF, -(-(length - 1).bit_length() // 2))
     mask = (1 << half) - 1
-    keys = words(seed, stream, torch.tensor([epoch]), _FEISTEL_ROUNDS)[0].tolist()
+    keys = words(seed, stream, epoch.reshape(-1), _FEISTEL_ROUNDS).unbind(-1)
     image = position
     outside = torch.ones_like(position, dtype=torch.bool)
     while outside.any():
@@ -124,13 +125,8 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def order(index: Tensor, length: int, seed: int) -> Tensor:
-    """The training set's row for each global image index: epoch i // length, shuffled anew each epoch."""
-    epoch = index // length
-    rows = torch.empty_like(index)
-    for e in epoch.unique().tolist():
-        at = epoch == e
-        rows[at] = permuted(index[at] % length, length, seed, e, Stream.ORDER)
-    return rows
+    """The training set's row for each global image index; epoch i // length is shuffled anew."""
+    return permuted(index % length, length, seed, index // length, Stream.ORDER)
 
 
 class ImageNoise:

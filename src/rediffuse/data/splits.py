@@ -16,6 +16,7 @@ def split(
     smaller one. At least one row is held out unless `fraction` is 0. What is held out comes in
     random order, so that its first rows are a fair sample of it; a `fraction` of 1 shuffles a part.
     """
-    order = permuted(torch.arange(length), length, seed=0, epoch=0, stream=Stream.SPLIT).numpy()
+    first = torch.zeros(1, dtype=torch.long)
+    order = permuted(torch.arange(length), length, 0, first, Stream.SPLIT).numpy()
     count = max(round(fraction * length), int(fraction > 0))
     return np.sort(order[count:]), order[:count]

@@ -38,7 +38,7 @@ def instance(channels: int, *, eps: float = 1e-6) -> nn.GroupNorm:
 
 
 def batch(channels: int, *, eps: float = 1e-5) -> nn.BatchNorm2d:
-    """Normalise each channel over the batch, in eval mode by running means (Ioffe & Szegedy 2015)."""
+    """Normalise each channel over the batch, then by running means (Ioffe & Szegedy 2015)."""
     return nn.BatchNorm2d(channels, eps)
 
 

@@ -1,0 +1,307 @@
+"""The engine's own laws, on a network of one convolution."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rediffuse import weightings
+from rediffuse.data.batches import Batches
+from rediffuse.denoiser import Denoiser
+from rediffuse.errors import CheckpointError, TrainingError
+from rediffuse.schedules import discrete
+from rediffuse.targets import eps
+from rediffuse.times import uniform_steps
+from rediffuse.training import checkpoint, hooks, rates
+from rediffuse.training.average import Average
+from rediffuse.training.devices import Devices
+from rediffuse.training.loop import DONE, every, train
+from rediffuse.training.optimizers import adam, adamw, parameter_groups
+from rediffuse.training.state import Sums, TrainState
+from rediffuse.training.step import Recipe, train_step
+
+SIZE = 16
+
+
+class Tiny(nn.Module):
+    """One convolution, a norm and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.norm = nn.BatchNorm2d(1)
+        self.table = nn.Embedding(3, 1)
+
+    def forward(
+        self, x: torch.Tensor, label: torch.Tensor, cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        shift = 0 if cond is None else self.table(cond)[:, :, None, None]
+        return self.norm(self.conv(x)) + shift
+
+
+def recipe_for(network: nn.Module, **changes: object) -> Recipe:
+    base = Recipe(
+        denoiser=Denoiser(network, discrete.linear(), eps),
+        weighting=weightings.unit,
+        times=uniform_steps,
+        seed=3,
+        batch_size=SIZE,
+        learning_rate=lambda images: 1e-2,
+        devices=Devices(torch.device("cpu")),
+        null_class=2,
+        label_dropout=0.25,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def fresh() -> TrainState:
+    torch.manual_seed(0)
+    network = Tiny()
+    optimizer = adamw(parameter_groups(network), 1.0)
+    return TrainState(network, optimizer, Average(network, half_life_images=100))
+
+
+def batches(micro_batches: int = 1, **more: int) -> Batches:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 1, 4, 4), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    return Batches(
+        images=pixels, labels=labels, seed=3, batch_size=SIZE, micro_batches=micro_batches, **more
+    )
+
+
+def weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return all(one[name].equal(two[name]) for name in one)
+
+
+def test_micro_batches_see_the_same_images_times_and_noise() -> None:
+    # Without the batch norm, whose statistics are those of a micro-batch, gradients just add up.
+    states = []
+    for pieces in (1, 2, 4):
+        state = fresh()
+        state.network.norm = nn.Identity()  # type: ignore[assignment]
+        train(
+            recipe_for(state.network),
+            replace(state, average=None),
+            batches(pieces).since(0),
+            [],
+            64,
+        )
+        states.append(weights(state.network))
+    for other in states[1:]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_two_ranks_see_what_one_rank_sees() -> None:
+    whole = next(batches().since(32))[0]
+    halves = [next(batches(rank=rank, ranks=2).since(32))[0] for rank in (0, 1)]
+    assert torch.cat([half.index for half in halves]).equal(whole.index)
+    assert torch.cat([half.x_0 for half in halves]).equal(whole.x_0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_without_finite_gradients_changes_no_weight_and_no_average(value: float) -> None:
+    state = fresh()
+    recipe = recipe_for(state.network, non_finite_limit=3)
+    steps = batches().since(0)
+    train_step(recipe, state, next(steps))
+    before, averaged = weights(state.network), weights(state.average.network)  # type: ignore[union-attr]
+    moments = json.dumps(str(state.optimizer.state_dict()["state"]))
+    poisoned = [batch._replace(x_0=batch.x_0.clone()) for batch in next(steps)]
+    poisoned[0].x_0[0, 0, 0, 0] = value
+    train_step(recipe, state, poisoned)
+    learned = [name for name, _ in state.network.named_parameters()]
+    assert all(before[name].equal(state.network.state_dict()[name]) for name in learned)
+    assert same(averaged, state.average.network.state_dict())  # type: ignore[union-attr]
+    assert moments == json.dumps(str(state.optimizer.state_dict()["state"]))
+    assert (state.skipped_steps, state.skipped_in_a_row, state.images_seen) == (1, 1, 2 * SIZE)
+    assert math.isfinite(state.since_log.means()["loss"])
+    train_step(recipe, state, poisoned)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        train_step(recipe, state, poisoned)
+
+
+def test_the_average_moves_every_parameter_and_copies_buffers() -> None:
+    state = fresh()
+    start = weights(state.average.network)  # type: ignore[union-attr]
+    train_step(recipe_for(state.network), state, next(batches().since(0)))
+    live = state.network.state_dict()
+    for name, value in state.average.network.named_parameters():  # type: ignore[union-attr]
+        assert value.dtype == torch.float32
+        # (1 + 0)/(10 + 0): after the first step nine tenths are new.
+        torch.testing.assert_close(value, 0.1 * start[name] + 0.9 * live[name].float())
+    assert state.average.network.norm.running_mean.equal(live["norm.running_mean"].float())  # type: ignore
+
+
+def test_the_average_halves_in_its_half_life() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = Average(network, half_life_images=64, warm_up=False)
+    start = network.weight.item()
+    with torch.no_grad():
+        network.weight.fill_(start + 1)
+    for seen in range(0, 64, SIZE):
+        average.update(network, seen, SIZE)
+    assert average.network.weight.item() == pytest.approx(start + 0.5, abs=1e-6)
+
+
+def test_learning_rates_are_pure_functions_of_images() -> None:
+    assert rates.constant(50, 1000, warmup_images=100) == 0.5
+    assert rates.cosine(550, 1000, warmup_images=100) == pytest.approx(0.5)
+    assert rates.cosine(1000, 1000) == pytest.approx(0)
+    assert rates.cosine(5000, 1000, final=0.1) == pytest.approx(0.1)
+    assert rates.linear(250, 1000, final=0.2) == pytest.approx(0.8)
+    assert rates.step(399, 1000, every_images=200) == 0.5
+    assert rates.step(5000, 1000, every_images=200) == 0.5**5
+
+
+@pytest.mark.parametrize("optimizer", [adam, adamw])
+def test_norms_biases_and_embeddings_do_not_decay(optimizer: object) -> None:
+    network = Tiny()
+    built = optimizer(parameter_groups(network), 0.1, weight_decay=0.5)  # type: ignore[operator]
+    names = {id(p): name for name, p in network.named_parameters()}
+    decays = {names[id(p)]: g["weight_decay"] for g in built.param_groups for p in g["params"]}
+    assert decays == {
+        "conv.weight": 0.5,
+        "conv.bias": 0.0,
+        "norm.weight": 0.0,
+        "norm.bias": 0.0,
+        "table.weight": 0.0,
+    }
+
+
+def test_the_rate_is_written_into_every_group_at_every_step() -> None:
+    state = fresh()
+    recipe = recipe_for(state.network, learning_rate=lambda images: images / 1000)
+    train(recipe, state, batches().since(0), [], 48)
+    assert {group["lr"] for group in state.optimizer.param_groups} == {0.048}
+
+
+def test_hooks_come_when_their_images_pass_and_never_depend_on_the_start() -> None:
+    def seen_from(start: int) -> list[int]:
+        called: list[int] = []
+        state = fresh()
+        state.images_seen = start
+        note = every(40, SIZE, lambda s, m: called.append(s.images_seen))
+        assert train(recipe_for(state.network), state, batches().since(start), [note], 208) == DONE
+        return called
+
+    whole = seen_from(0)
+    assert whole == [48, 80, 128, 160, 208]
+    assert seen_from(96) == whole[2:]
+
+
+def test_losses_by_noise_level_add_up_to_the_loss() -> None:
+    sums = Sums.of(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-9.0, 0.5, 0.7]).double())
+    means = sums.means()
+    assert means == {
+        "loss": 3.0,
+        "loss/half_log_snr -inf to -4": 1.0,
+        "loss/half_log_snr 0 to 2": 4.0,
+    }
+    assert Sums.from_json(json.loads(json.dumps(sums.as_json()))).means() == means
+
+
+def test_validation_is_the_same_number_every_time_and_leaves_training_alone() -> None:
+    state = fresh()
+    recipe = recipe_for(state.network)
+    steps = batches().since(0)
+    held_out = next(batches().since(640))
+    train_step(recipe, state, next(steps))
+    before, generator = weights(state.network), torch.get_rng_state()
+    one, two = (hooks.validation_loss(recipe, state, held_out) for _ in range(2))
+    assert one == two
+    assert same(before, weights(state.network))
+    assert generator.equal(torch.get_rng_state())
+
+
+def test_a_checkpoint_brings_back_every_bit(tmp_path: Path) -> None:
+    state = fresh()
+    recipe = recipe_for(state.network)
+    train(recipe, state, batches().since(0), [], 48)
+    saved = checkpoint.save_checkpoint(state, tmp_path, 3)
+    train(recipe, state, batches().since(48), [], 96)
+    other = fresh()
+    checkpoint.load_checkpoint(other, saved)
+    train(recipe_for(other.network), other, batches().since(48), [], 96)
+    assert same(weights(state.network), weights(other.network))
+    assert same(weights(state.average.network), weights(other.average.network))  # type: ignore[union-attr]
+    assert same(checkpoint._optimizer_tensors(state), checkpoint._optimizer_tensors(other))
+
+
+@pytest.mark.parametrize("file", ["model", "average", "optimizer"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+    tmp_path: Path, file: str, damage: str
+) -> None:
+    state = fresh()
+    older, newer = (checkpoint.save_checkpoint(state, tmp_path, step) for step in (1, 2))
+    target = newer / f"{file}.safetensors"
+    content = bytearray(target.read_bytes())
+    content[-5] ^= 1
+    {
+        "flip": lambda: target.write_bytes(content),
+        "cut": lambda: target.write_bytes(content[:-1]),
+        "lose": target.unlink,
+    }[damage]()
+    told: list[str] = []
+    assert checkpoint.newest(tmp_path, told.append) == older
+    assert target.name in told[0]
+    assert [c.name for c in checkpoint.checkpoints(tmp_path)] == [older.name]
+    (older / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* verifies"):
+        checkpoint.newest(tmp_path)
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    state = fresh()
+    for step, loss in enumerate([0.5, 0.1, 0.4, 0.3, 0.2]):
+        state.validation_loss = loss
+        checkpoint.save_checkpoint(state, tmp_path, step)
+        checkpoint.retain(tmp_path, 2)
+    kept = [int(c.name[5:]) for c in checkpoint.checkpoints(tmp_path)]
+    assert kept == [1, 3, 4]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = fresh()
+    checkpoint.save_checkpoint(state, tmp_path, 1)
+
+    def full(file: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_checkpoint(state, tmp_path, 2)
+    assert [f.name for f in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_labels_are_dropped_one_image_at_a_time_at_the_rate_asked_for() -> None:
+    from rediffuse.training.step import _some_dropped
+
+    recipe = recipe_for(Tiny())
+    many = Batches(
+        images=np.zeros((4000, 1, 1, 1), np.uint8),
+        labels=np.zeros(4000, np.int64),
+        seed=3,
+        batch_size=4000,
+    )
+    batch = next(many.since(0))[0]
+    dropped = _some_dropped(recipe, batch) == 2  # type: ignore[operator]
+    assert abs(dropped.float().mean().item() - 0.25) < 0.02
+    assert dropped[:100].equal(_some_dropped(recipe, _first(batch, 100)) == 2)  # type: ignore[arg-type]
+
+
+def _first(batch: object, count: int) -> object:
+    return type(batch)(*(part[:count] for part in batch))  # type: ignore

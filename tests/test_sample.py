@@ -1,0 +1,135 @@
+"""Sampling needs the id and nothing else; image j is image j."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import TINY, rediffuse, run_id
+from PIL import Image
+
+from rediffuse import gallery, runs
+from rediffuse.errors import CheckpointError, ConfigError
+from rediffuse.gallery import Options, columns_for, grid, image_numbers
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("root")
+    return root, run_id(rediffuse("train", *TINY, "training.images=480", root=root))
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    return {f.name: np.asarray(Image.open(f)) for f in sorted(folder.glob("0*.png"))}
+
+
+def test_from_elsewhere_a_prefix_of_the_id_is_enough(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    root, run = trained
+    out = tmp_path / "out"
+    words = ["--root", str(root), "--n", "12", "--film", "--output-dir", str(out)]
+    done = rediffuse("sample", run[:6], *words, root=tmp_path)
+    assert "12 images from average weights at step-00000010" in done.stdout
+    assert len(pixels(out)) == 12
+    assert Image.open(out / "film.gif").n_frames == 3
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["run"] == run
+    assert [image["class"] for image in manifest["images"]] == [*"0123456789", "0", "1"]
+    assert manifest["sampling"]["solver"]["name"] == "dpmpp_2m"
+    assert manifest["sampling"]["steps"] == 3
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral", "heun churn=10"])
+def test_image_j_is_the_same_in_batches_of_64_7_and_1(
+    trained: tuple[Path, str], tmp_path: Path, solver: str
+) -> None:
+    root, run = trained
+    drawn = []
+    for size in (64, 7, 1):
+        out = tmp_path / f"{solver}-{size}"
+        options = Options(
+            root, seeds="0-63", batch_size=size, solver=solver, steps=2, output_dir=out
+        )
+        gallery.sample(run, options)
+        drawn.append(pixels(out))
+    few = tmp_path / "few"
+    gallery.sample(run, Options(root, seeds="40,3", solver=solver, steps=2, output_dir=few))
+    for other in drawn[1:]:
+        assert all(np.array_equal(drawn[0][name], other[name]) for name in drawn[0])
+    assert all(np.array_equal(drawn[0][name], image) for name, image in pixels(few).items())
+
+
+def test_another_seed_another_class_and_other_weights_give_other_images(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    root, run = trained
+    ways = {
+        "plain": Options(root, count=8),
+        "seed": Options(root, count=8, seed=1),
+        "class": Options(root, count=8, class_name="3"),
+        "raw": Options(root, count=8, weights="raw"),
+        "guided": Options(root, count=8, guidance=3.0),
+        "unconditional": Options(root, count=8, guidance=0.0),
+    }
+    seen = {}
+    for name, options in ways.items():
+        out = tmp_path / name
+        gallery.sample(run, Options(**{**vars(options), "output_dir": out}))
+        seen[name] = np.stack(list(pixels(out).values()))
+    names = list(seen)
+    for k, one in enumerate(names):
+        for two in names[k + 1 :]:
+            assert not np.array_equal(seen[one], seen[two]), (one, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        (Options(class_name="cat"), ConfigError, "class 'cat': there is none; there are 0, 1"),
+        (Options(checkpoint="99"), CheckpointError, "no checkpoint '99'; it has step-00000005"),
+        (Options(solver="hoin"), ConfigError, "there is no solver 'hoin'"),
+        (Options(solver="heun chrun=4"), ConfigError, "did you mean churn"),
+        (Options(steps=2000), ConfigError, "2000 sampling steps"),
+        (Options(seeds="3-"), ConfigError, "expected numbers and ranges"),
+        (Options(seeds="5-3"), ConfigError, "names 0 images"),
+    ],
+)
+def test_what_the_run_cannot_do_is_refused(
+    trained: tuple[Path, str], options: Options, error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    root, run = trained
+    out = tmp_path / "out"
+    with pytest.raises(error, match=says):
+        gallery.sample(run, Options(**{**vars(options), "root": root, "output_dir": out}))
+    assert not out.exists()
+
+
+def test_a_finished_run_says_so_and_fixed_keys_are_refused_with_both_values(
+    trained: tuple[Path, str],
+) -> None:
+    root, run = trained
+    before = sorted((root / run).rglob("*"))
+    done = rediffuse("resume", run[:8], root=root)
+    assert f"run {run} is finished at 480 images; nothing to do" in done.stdout
+    assert sorted((root / run).rglob("*")) == before
+    refused = rediffuse("resume", run[:8], "model.base_channels=32", root=root, check=2)
+    assert "model.base_channels is 16 in this run and cannot become 32" in refused.stderr
+    assert runs.status_now(runs.find_run(root, run)) == "FINISHED"
+
+
+def test_numbers_of_images_are_read_as_people_write_them() -> None:
+    assert image_numbers(None, 3) == (0, 1, 2)
+    assert image_numbers("0-2, 7", None) == (0, 1, 2, 7)
+    assert len(image_numbers(None, None)) == 64
+
+
+def test_a_grid_holds_every_image_in_its_place() -> None:
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((6, 3, 2, 2), np.uint8)
+    canvas = grid(images, columns=4, gap=1)
+    assert canvas.shape == (5, 11, 3)
+    assert [int(canvas[0, x, 0]) for x in (0, 3, 6, 9)] == [0, 1, 2, 3]
+    assert [int(canvas[3, x, 0]) for x in (0, 3)] == [4, 5]
+    assert (canvas[2] == 255).all()
+    assert columns_for(40, tuple("0123456789")) == 10
+    assert columns_for(9, ()) == 3
