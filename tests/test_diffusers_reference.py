@@ -1,7 +1,7 @@
 """The chains and the solvers against diffusers' schedulers, step by step on one network and noise.
 
-Each of their steps starts from our state, so that nothing accumulates. Their tables are float32, which
-alone sets the tolerances; their clock is 0-based, so that our t is their t + 1.
+Each of their steps starts from our state, so that nothing accumulates. Their tables are float32,
+which alone sets the tolerances; their clock is 0-based, so that our t is their t + 1.
 """
 
 from collections.abc import Iterator

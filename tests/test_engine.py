@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
     assert target.name in told[0]
     assert [c.name for c in checkpoint.checkpoints(tmp_path)] == [older.name]
     (older / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* verifies"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies"):
         checkpoint.newest(tmp_path)
 
 

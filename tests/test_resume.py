@@ -7,8 +7,8 @@ import pytest
 from cli import TINY, rediffuse, run_id
 from safetensors.torch import load_file
 
-# 20 steps of 48 images over an epoch of 216. 432 images are 9 steps, and no log, validation, preview or
-# checkpoint of the straight run falls there.
+# 20 steps of 48 images over an epoch of 216. 432 images are 9 steps, and no log, validation,
+# preview or checkpoint of the straight run falls there.
 LENGTH, MIDDLE = "training.images=960", "training.stop_after_images=432"
 EVERY = (
     "training.log_every_images=144",

@@ -1,8 +1,9 @@
 """From a name to an object: the folder is the registry.
 
 An axis is a module or a package, and the positional arguments that all of its functions share:
-`solver: {name: heun, churn: 0}` is `rediffuse.solvers.heun.heun` with `churn=0` bound. Nothing else can be
-reached by name, so a configuration that came with somebody's run chooses among our parts and is never code.
+`solver: {name: heun, churn: 0}` is `rediffuse.solvers.heun.heun` with `churn=0` bound. Nothing else
+can be reached by name, so a configuration that came with somebody's run chooses among our parts and
+is never code.
 """
 
 import importlib
@@ -60,11 +61,12 @@ AXES = {
 def bind(axis: str, part: Part, key: str, trusted: Sequence[str] | None = None) -> partial[Any]:
     """Find a part and bind its arguments; `key` is what messages call it (`sampling.solver`).
 
-    `trusted` are the user's own packages that may be imported; None, for what the user typed himself,
-    allows any.
+    `trusted` are the user's own packages that may be imported; None, for what the user typed
+    himself, allows any.
 
     Raises:
-        ConfigError: for a name that is not on the axis, or an argument that its function does not take.
+        ConfigError: for a name that is not on the axis, or an argument that its function does not
+        take.
     """
     function = _find(axis, part.name, key, trusted)
     return partial(function, **_checked(axis, function, part.arguments, key, trusted))
@@ -92,7 +94,7 @@ def network(
     trusted: Sequence[str] | None = None,
     learned_variance: bool = False,
 ) -> nn.Module:
-    """The network of a run, for the images of its data; initial weights come from torch's generator."""
+    """The network of a run for its images; its first weights come from torch's generator."""
     image = config.data
     built: nn.Module = bind("model", config.model, "model", trusted)(
         in_channels=image.channels,
@@ -157,8 +159,8 @@ def _check_input_scale(config: Config, clock: Schedule) -> None:
     loudest = clock(torch.tensor(clock.t_max, dtype=torch.float64))
     if config.sigma_data is None and loudest.alpha**2 + loudest.sigma**2 > 2:
         raise ConfigError(
-            f"schedule '{config.schedule.name}' reaches σ = {loudest.sigma.item():g}, too loud for a "
-            "network; set sigma_data to the images' standard deviation (0.5 for [-1, 1])"
+            f"schedule '{config.schedule.name}' reaches σ = {loudest.sigma.item():g}, too loud for "
+            "a network; set sigma_data to the images' standard deviation (0.5 for [-1, 1])"
         )
 
 
@@ -176,12 +178,13 @@ def _find(axis: str, name: str, key: str, trusted: Sequence[str] | None) -> Call
 def _users_own(axis: str, name: str, key: str, trusted: Sequence[str] | None) -> Callable[..., Any]:
     package, _, function = name.rpartition(".")
     known = names(axis)
-    missing = f"{key}: there is no {axis} '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}"
+    near, all_known = did_you_mean(name, known), ", ".join(known)
+    missing = f"{key}: there is no {axis} '{name}'{near}; there are {all_known}"
     if not package:
         raise ConfigError(missing)
     if trusted is not None and package.split(".")[0] not in trusted:
         raise ConfigError(
-            f"{missing}; if it is code of your own that you trust, add --trust {package.split('.')[0]}"
+            f"{missing}; for code of your own that you trust, add --trust {package.split('.')[0]}"
         )
     try:
         found = getattr(importlib.import_module(package), function)
@@ -203,7 +206,7 @@ def _modules(place: str) -> Iterator[ModuleType]:
 
 
 def _parts(axis: str, module: ModuleType) -> Iterator[Callable[..., Any]]:
-    """What a module offers on an axis: its own public functions (or networks) of the right shape."""
+    """What a module offers on an axis: its public functions, or networks, of the right shape."""
     for name, part in vars(module).items():
         if name.startswith("_") or getattr(part, "__module__", None) != module.__name__:
             continue

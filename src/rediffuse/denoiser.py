@@ -16,9 +16,9 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 class Denoiser:
     """Read a network's output as x_0 and ε.
 
-    `sigma_data` is the standard deviation of the data: with it the network's input is scaled to unit
-    variance (Karras et al. 2022, c_in), without it x_t goes in as it is. A network with twice the
-    image's channels also answers with a variance fraction (Nichol & Dhariwal 2021, Eq. 15).
+    `sigma_data` is the standard deviation of the data: with it the network's input is scaled to
+    unit variance (Karras et al. 2022, c_in), without it x_t goes in as it is. A network with twice
+    the image's channels also answers with a variance fraction (Nichol & Dhariwal 2021, Eq. 15).
 
     Raises:
         ConfigError: if the target cannot give x_0 somewhere on the schedule.
@@ -45,7 +45,7 @@ class Denoiser:
     def output(
         self, x_t: Tensor, t: Tensor, at: Scales, cond: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the network itself says, in x_t's precision, and the variance fraction if it learned one."""
+        """What the network says, in x_t's precision, and its variance fraction if it has one."""
         label = self.schedule.label(t).float().to(x_t.device).expand(len(x_t))
         said = self.network(x_t * expand(self._input_scale(at), x_t), label, cond).to(x_t.dtype)
         if said.shape[1] == x_t.shape[1]:

@@ -1,6 +1,6 @@
 """Everything that Rediffuse refuses, in one small tree.
 
-RediffuseError           exit code 2: one line that says what was expected, what was given, what to do next
+RediffuseError           exit code 2: what was expected, what was given, what to do next
 ├── ConfigError          a key, a value or a combination of parts that cannot work
 ├── DataError            images that are missing, empty, broken or of the wrong kind
 ├── RunError             a run that is unknown, ambiguous, locked or not where it should be

@@ -38,7 +38,7 @@ Pixels = UInt8[np.ndarray, "count channels height width"]
 
 @dataclass(frozen=True)
 class Model:
-    """A network that can be sampled: what it was trained as, and the classes it knows (none: unconditional)."""
+    """A network that can be sampled: what it was trained as, and the classes it knows, if any."""
 
     config: Config
     network: nn.Module
@@ -50,7 +50,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Job:
-    """Which images to draw: their numbers, one class each (None: unconditional), and how many at once."""
+    """Which images to draw: their numbers, a class each (or None at all), and how many at once."""
 
     images: tuple[int, ...]
     classes: tuple[int, ...] | None = None
@@ -291,8 +291,9 @@ def _batches(job: Job) -> Iterator[Job]:
 def _padded(job: Job, to: int = 8) -> Job:
     """Repeat the last image until the batch is a multiple of 8.
 
-    Kernels add up in another order for other batch sizes; for multiples of 8 a CPU's agree to the last
-    bit, so an image does not depend on its neighbours. They are also several times faster than for 7.
+    Kernels add up in another order for other batch sizes; for multiples of 8 a CPU's agree to the
+    last bit, so an image does not depend on its neighbours. They are also several times faster than
+    for 7.
     """
     more = -len(job.images) % to
     classes = job.classes and job.classes + job.classes[-1:] * more

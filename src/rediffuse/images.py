@@ -46,7 +46,8 @@ class Images:
 def prepare(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Images:
     """Pack the images, or find them packed, and split off what is held out.
 
-    A source's own validation part is held out; without one, a keyed fraction of the training part is.
+    A source's own validation part is held out; without one, a keyed fraction of the training part
+    is.
 
     Raises:
         DataError: if the images are missing, broken, or too few.

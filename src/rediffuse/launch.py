@@ -23,7 +23,14 @@ from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
 from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
 from rediffuse.runs import Run
-from rediffuse.session import Session, longer, planned_images, say, trackers_of
+from rediffuse.session import (
+    Session,
+    longer,
+    planned_images,
+    say,
+    send_what_is_missing,
+    trackers_of,
+)
 from rediffuse.tracking import mlflow
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.training import checkpoint, hooks
@@ -94,6 +101,7 @@ def resume(
         if state.images_seen >= planned_images(config, images.per_epoch):
             say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
             say(f"to go on: {longer(run, config)}")
+            send_what_is_missing(run, config)
             return 0
         if devices.is_main:
             write_atomically(run.config, dump_yaml(config).encode())
@@ -206,7 +214,7 @@ _ON_DEVICE_BYTES = 16 * 2**30
 
 
 def _created(config: Config, root: Path, parent: str | None, devices: Devices) -> Run:
-    """Make the run, under the id that MLflow gives it where MLflow is asked for; every rank gets the same."""
+    """Make the run, under MLflow's id where MLflow is asked for; every rank gets the same."""
     run_id = None
     if devices.is_main and "mlflow" in config.tracking.trackers:
         run_id = mlflow.create_run(root, config.tracking.experiment, config.name, say)

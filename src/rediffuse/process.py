@@ -1,8 +1,9 @@
 """The one process: x_t = α_t·x_0 + σ_t·ε, with ε ~ N(0, I).
 
-A schedule maps its paper's own clock t to (α_t, σ_t); t = 0 is data on every clock: (1, 0). Everything
-else follows from those two numbers, for the discrete chain of Ho et al. 2020 as for the continuous ones.
-`t` is now and `s < t` is next. Times and scales are float64; `expand` casts them at the point of use.
+A schedule maps its paper's own clock t to (α_t, σ_t); t = 0 is data on every clock: (1, 0).
+Everything else follows from those two numbers, for the discrete chain of Ho et al. 2020 as for the
+continuous ones. `t` is now and `s < t` is next. Times and scales are float64; `expand` casts them
+at the point of use.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -56,7 +57,8 @@ class Schedule(Protocol):
 class Prediction(NamedTuple):
     """What a denoiser believes: α_t·x_0 + σ_t·ε = x_t always holds.
 
-    `variance` is the learned fraction in [0, 1] between log β̃ and log β (Nichol & Dhariwal 2021, Eq. 15).
+    `variance` is the learned fraction in [0, 1] between log β̃ and log β (Nichol & Dhariwal 2021,
+    Eq. 15).
     """
 
     x_0: Tensor
@@ -78,7 +80,7 @@ def diffuse(schedule: Schedule, x_0: Images, eps: Images, t: Time) -> Images:
 
 
 def transition_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
-    """The variance of q(x_t | x_s) for s < t (Kingma et al. 2021, Eq. 2); on the grid 1..T it is β_t."""
+    """The variance of q(x_t | x_s), s < t (Kingma et al. 2021, App. A.1); β_t on the grid."""
     now, then = schedule(t), schedule(s)
     return now.sigma**2 - (now.alpha / then.alpha) ** 2 * then.sigma**2
 
@@ -86,8 +88,8 @@ def transition_variance(schedule: Schedule, t: Time, s: Time) -> Tensor:
 def posterior(schedule: Schedule, x_t: Images, x_0: Images, t: Time, s: Time) -> Gaussian:
     """q(x_s | x_t, x_0) for any s < t (Kingma et al. 2021, App. A.2).
 
-    On the integer clock with s = t-1 it is Ho et al. 2020, Eq. 6-7; with s < t-1 it is the posterior
-    of the respaced chain, so strided sampling needs no second process.
+    On the integer clock with s = t-1 it is Ho et al. 2020, Eq. 6-7; with s < t-1 it is the
+    posterior of the respaced chain, so strided sampling needs no second process.
     """
     now, then = schedule(t), schedule(s)
     var_ts = transition_variance(schedule, t, s)  # β_t on the DDPM grid
@@ -100,8 +102,8 @@ def posterior(schedule: Schedule, x_t: Images, x_0: Images, t: Time, s: Time) ->
 def travel(predicted: Prediction, x_t: Images, now: Scales, then: Scales) -> Images:
     """Follow dx = x_0·dα + ε·dσ in a straight line from `now` to `then`.
 
-    It is the probability-flow ODE (Song et al. 2021, Eq. 13) with the clock divided out: Euler's step
-    in σ for EDM, in t for flow matching, in σ/α for a variance-preserving process.
+    It is the probability-flow ODE (Song et al. 2021, Eq. 13) with the clock divided out: Euler's
+    step in σ for EDM, in t for flow matching, in σ/α for a variance-preserving process.
     """
     d_alpha, d_sigma = then.alpha - now.alpha, then.sigma - now.sigma
     return x_t + expand(d_alpha, x_t) * predicted.x_0 + expand(d_sigma, x_t) * predicted.eps

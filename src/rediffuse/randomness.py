@@ -1,9 +1,10 @@
 """Every random number is a pure function of (seed, stream, global sample index).
 
-Nothing here has a state, so nothing random is saved, skipped or replayed: resuming at image i computes
-image i's numbers. Philox4x32-10 (Salmon et al. 2011) turns a 128-bit counter into 128 random bits; the
-key is (seed, stream), the counter is (index, block, draw). Integers only up to the last step, so words
-are equal on every machine and device, uniforms too, and normals up to the last digit of log, sin and cos.
+Nothing here has a state, so nothing random is saved, skipped or replayed: resuming at image i
+computes image i's numbers. Philox4x32-10 (Salmon et al. 2011) turns a 128-bit counter into 128
+random bits; the key is (seed, stream), the counter is (index, block, draw). Integers only up to the
+last step, so words are equal on every machine and device, uniforms too, and normals up to the last
+digit of log, sin and cos.
 """
 
 import math
@@ -21,7 +22,7 @@ _WORD = 0xFFFFFFFF
 
 
 class Stream(IntEnum):
-    """What a random number is for. Numbered once and for ever; a new stream does not move the others."""
+    """What a random number is for; numbered for ever, so that a new one moves no other."""
 
     ORDER = 0
     TIME = 1
@@ -36,7 +37,7 @@ class Stream(IntEnum):
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011, Sec. 3.3): `[..., 4]` counter words to `[..., 4]` random words.
+    """Turn `[..., 4]` counter words into `[..., 4]` random words (Salmon et al. 2011, Sec. 3.3).
 
     Words are 32 bits in int64, whose product wraps modulo 2^64 and so keeps all the bits needed.
     """
@@ -57,7 +58,8 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
 def words(seed: int, stream: Stream, index: Tensor, count: int, draw: int = 0) -> Tensor:
     """`[n]` global sample indices to `[n, count]` random 32-bit words (int64, 0 .. 2^32 - 1).
 
-    `draw` numbers repeated draws for the same sample: the steps of a stochastic solver, for instance.
+    `draw` numbers repeated draws for the same sample: the steps of a stochastic solver, for
+    instance.
     """
     blocks = torch.arange(-(-count // 4), device=index.device)
     shape = (len(index), len(blocks))
@@ -96,8 +98,8 @@ def permuted(position: Tensor, length: int, seed: int, epoch: Tensor, stream: St
     """Where each position of an epoch lands in a random order of [0, length), in O(1) memory.
 
     A Feistel network permutes the next power of four; values outside [0, length) walk on until they
-    are inside (Black & Rogaway 2002, "cycle walking"), which keeps it a permutation. `epoch` is one for
-    all positions, or one each.
+    are inside (Black & Rogaway 2002, "cycle walking"), which keeps it a permutation. `epoch` is one
+    for all positions, or one each.
     """
     half = max(_FEISTEL_HALF, -(-(length - 1).bit_length() // 2))
     mask = (1 << half) - 1
@@ -113,7 +115,7 @@ def permuted(position: Tensor, length: int, seed: int, epoch: Tensor, stream: St
     return image
 
 
-# Halves of 2 or 3 bits leave too few round functions: a chi-square test over all orders of 4 images fails.
+# Halves of 2 or 3 bits have too few round functions: orders of 4 images are not equally likely.
 _FEISTEL_HALF, _FEISTEL_ROUNDS = 4, 12
 
 
@@ -132,8 +134,8 @@ def order(index: Tensor, length: int, seed: int) -> Tensor:
 class ImageNoise:
     """A solver's noise: draw k for image j is a function of (seed, j, k), whatever the batch.
 
-    Call it with the state to be matched, `[n, ...]` for the n images it was made for. The first draw
-    is the state that sampling starts from.
+    Call it with the state to be matched, `[n, ...]` for the n images it was made for. The first
+    draw is the state that sampling starts from.
     """
 
     def __init__(self, seed: int, images: Tensor, stream: Stream = Stream.SAMPLING) -> None:
@@ -149,7 +151,7 @@ class ImageNoise:
 
 @contextmanager
 def torch_seeded(seed: int, stream: Stream, index: int = 0) -> Iterator[None]:
-    """Key torch's own generators for what only they can draw (initial weights, dropout), and put them back."""
+    """Key torch's own generators for what only they draw: first weights and dropout."""
     low, high = words(seed, stream, torch.tensor([index]), 2)[0].tolist()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

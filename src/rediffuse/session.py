@@ -1,4 +1,4 @@
-"""What surrounds the loop in one process: what is recorded, shown, previewed and saved, and when."""
+"""What surrounds the loop in one process: what is recorded, shown and saved, and when."""
 
 import json
 import math
@@ -15,7 +15,8 @@ from rediffuse.images import Images
 from rediffuse.runs import Run, Status
 from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.console import Console
-from rediffuse.tracking.journal import Journal
+from rediffuse.tracking.feeder import is_behind
+from rediffuse.tracking.journal import Journal, replay
 from rediffuse.tracking.jsonl import read_metrics, write_atomically
 from rediffuse.tracking.tracker import Tracker
 from rediffuse.training import checkpoint, hooks
@@ -40,10 +41,11 @@ class Session:
             return
         parent = self.run.update(status="RUNNING").parent
         trackers = trackers_of(self.config, self.run, parent)
-        self._journal = Journal(self.run.directory, trackers, self.config.model_dump(), say)
+        self._console = Console(self.planned, state.images_seen)
+        params, tell = self.config.model_dump(), self._console.say
+        self._journal = Journal(self.run.directory, trackers, params, tell)
         self._journal.start(state.images_seen)
         self._announce(state)
-        self._console = Console(self.planned, state.images_seen)
 
     def hooks(self) -> list[Hook]:
         """Everything that looks on, in order: what reads the state before what saves it."""
@@ -123,10 +125,9 @@ class Session:
         if self._last_preview is not None:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
-        going_on = f"rediffuse resume {run.id}"
-        say(
-            f"  resume  {longer(run, self.config) if state.images_seen >= self.planned else going_on}"
-        )
+        finished = state.images_seen >= self.planned
+        going_on = longer(run, self.config) if finished else f"rediffuse resume {run.id}"
+        say(f"  resume  {going_on}")
         say(f"  sample  rediffuse sample {run.id}")
 
     def _announce(self, state: TrainState) -> None:
@@ -140,9 +141,8 @@ class Session:
             until += f", stopping at {training.stop_after_images:,}"
         say(f"run     {run.id}")
         say(f"in      {run.directory}")
-        say(
-            f"model   {weights:,} parameters on {self.recipe.devices.device}, {self.config.determinism}"
-        )
+        device = self.recipe.devices.device
+        say(f"model   {weights:,} parameters on {device}, {self.config.determinism}")
         say(f"trains  {until}")
         say(f"resume  rediffuse resume {run.id}")
         say(f"sample  rediffuse sample {run.id}")
@@ -174,7 +174,7 @@ class Session:
     def _write_epochs(self) -> None:
         rows = [row for row in read_metrics(self.run.metrics) if "epoch" in row]
         epochs = [
-            {"epoch": int(row["epoch"]), "images": row["images"], "loss": row["epoch/loss"]}
+            {"epoch": int(row["epoch"]), "images": int(row["images"]), "loss": row["epoch/loss"]}
             for row in rows
         ]
         write_atomically(self.run.epochs, json.dumps(epochs, indent=1).encode())
@@ -188,6 +188,18 @@ def trackers_of(config: Config, run: Run, parent: str | None) -> list[Tracker]:
     """
     place = (run.directory, config.tracking.experiment, config.name, parent)
     return [_TRACKERS[name](*place) for name in config.tracking.trackers]
+
+
+def send_what_is_missing(run: Run, config: Config) -> None:
+    """Send trackers what they missed of a run that has ended; hold its lock."""
+    record = run.read()
+    behind = [
+        tracker
+        for tracker in trackers_of(config, run, record.parent)
+        if is_behind(run.directory, tracker.name)
+    ]
+    if behind:
+        replay(run.directory, behind, config.model_dump(), say, record.status)
 
 
 def planned_images(config: Config, per_epoch: int) -> int:

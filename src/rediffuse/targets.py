@@ -31,7 +31,7 @@ def v(at: Scales) -> tuple[Tensor, Tensor]:
 
 
 def flow(at: Scales) -> tuple[Tensor, Tensor]:
-    """ε - x_0, the velocity of the straight path from data to noise (Lipman et al. 2023; Liu et al. 2023)."""
+    """ε - x_0, the velocity of the straight path (Lipman et al. 2023; Liu et al. 2023)."""
     return -at.alpha.new_ones(()), at.alpha.new_ones(())
 
 

@@ -1,4 +1,4 @@
-"""How training draws t: uniform numbers in [0, 1) go in, so that times are keyed like everything else."""
+"""How training draws t: from uniform numbers in [0, 1), so that times are keyed too."""
 
 from collections.abc import Callable
 

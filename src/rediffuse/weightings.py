@@ -21,7 +21,7 @@ def unit(at: Scales, target: Target) -> Tensor:
 
 
 def min_snr(at: Scales, target: Target, *, gamma: float = 5.0) -> Tensor:
-    """min(SNR, γ) on the error of x_0 (Hang et al. 2023, Sec. 3.4): /SNR for ε, /(SNR + 1) for v."""
+    """min(SNR, γ) on the error of x_0 (Hang et al. 2023, Sec. 3.4)."""
     return _on_output((at.alpha / at.sigma).square().clamp(max=gamma), at, target)
 
 

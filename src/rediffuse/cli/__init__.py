@@ -20,7 +20,7 @@ def rediffuse() -> None:
     \b
     rediffuse train                                     digits, in about a minute
     rediffuse train experiment=folder64 data.path=DIR   your own images
-    rediffuse sample ID --n 64                          ID: what `train` prints, or its first 6 digits
+    rediffuse sample ID --n 64                          ID: as `train` prints it, or 6 digits
     """
 
 
@@ -33,7 +33,7 @@ rediffuse.add_command(data.data)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run a command; a refusal is one line on standard error and its exit code, without a traceback."""
+    """Run a command; a refusal is one line on standard error and an exit code, no traceback."""
     arguments = [*words, *sys.argv[1:]] if words else None
     try:
         code = rediffuse.main(arguments, standalone_mode=False)

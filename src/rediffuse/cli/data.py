@@ -43,7 +43,7 @@ def pack(source: str, words: tuple[str, ...], out: Path | None, root: Path | Non
 @options.json_output
 @options.root
 def inspect(source: str, words: tuple[str, ...], as_json: bool, root: Path | None) -> None:
-    """Tell what SOURCE holds: parts, classes, counts, skipped files, mean and spread of its pixels."""
+    """Tell what SOURCE holds: parts, classes, counts, skipped files, and how its pixels lie."""
     from rediffuse import images, overview
 
     facts = images.describe(_packed(source, words, None, root))

@@ -29,7 +29,7 @@ def train(
     show_config: bool,
     root: Path | None,
 ) -> int:
-    """Train a model; every KEY of the configuration can be set, as can every group (`schedule=flow`).
+    """Train a model; every KEY of the configuration can be set, and every group (`schedule=flow`).
 
     \b
     rediffuse train
@@ -62,8 +62,8 @@ def train(
 def resume(run_id: str, words: tuple[str, ...], root: Path | None, trust: tuple[str, ...]) -> int:
     """Go on with a run where its newest checkpoint is, with the run's own configuration.
 
-    Length, logging and device may change; learning rate, batch size and the like may too and are recorded;
-    network, schedule, target and data may not.
+    Length, logging and device may change; learning rate, batch size and the like may too and are
+    recorded; network, schedule, target and data may not.
 
     \b
     rediffuse resume 3f2a91

@@ -1,1 +1,1 @@
-"""Configuration: `schema` says what a run is made of, `compose` puts it together from files and flags."""
+"""Configuration: `schema` says what a run is made of, `compose` puts one together."""

@@ -1,7 +1,7 @@
 """From files and flags to a checked `Config`. The only importer of Hydra.
 
-Hydra chooses the files (`schedule=cosine`, `experiment=mnist`) and reads the override grammar; single
-values are set here, in a plain tree, so that one check with one wording finds every mistake.
+Hydra chooses the files (`schedule=cosine`, `experiment=mnist`) and reads the override grammar;
+single values are set here, in a plain tree, so that one check with one wording finds every mistake.
 """
 
 import itertools
@@ -23,7 +23,7 @@ _HYDRA_ROOT = "train"
 
 
 def compose(words: Sequence[str], file: Path | None = None) -> Config:
-    """Put a run together: our defaults, then FILE.yaml, then what was typed (`key=value` or `--key value`).
+    """Put a run together: our defaults, then FILE.yaml, then what was typed.
 
     Raises:
         ConfigError: for an unknown key, a wrong value or a combination that cannot work.
@@ -99,7 +99,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Sort out what a resumed run wants changed: declared keys are returned, free ones pass, fixed ones not.
+    """Return the declared keys that a resumed run wants changed; free ones pass, fixed ones do not.
 
     Raises:
         ConfigError: if a fixed key differs, naming both values.
@@ -113,8 +113,8 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     for key, (was, now) in differing.items():
         if not _under(key, FREE + DECLARED):
             raise ConfigError(
-                f"{key} is {was!r} in this run and cannot become {now!r} on the way; start a new run "
-                "for that (`rediffuse train ... parent_run_id=ID` records where it came from)"
+                f"{key} is {was!r} in this run and cannot become {now!r} on the way; start a new "
+                "run for that (`rediffuse train ... parent_run_id=ID` records where it came from)"
             )
     return {key: pair for key, pair in differing.items() if _under(key, DECLARED)}
 
@@ -202,7 +202,7 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _joined(words: Sequence[str]) -> Iterator[str]:
-    """`--key value` to `key=value`, `--key` alone to `key=true`; dashes in option names are underscores."""
+    """Write `--some-key value` as `some_key=value`, and `--key` alone as `key=true`."""
     rest = list(words)
     while rest:
         word = rest.pop(0)

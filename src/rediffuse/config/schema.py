@@ -1,7 +1,7 @@
 """What a run is made of. Everything is checked before anything is built or written.
 
-Lengths count images, never steps or epochs unless the name says so. A `Part` names one file of an axis
-(`schedule: {name: discrete.cosine, steps: 1000}`) with that function's own arguments.
+Lengths count images, never steps or epochs unless the name says so. A `Part` names one file of an
+axis (`schedule: {name: discrete.cosine, steps: 1000}`) with that function's own arguments.
 """
 
 from typing import Annotated, Any, Literal

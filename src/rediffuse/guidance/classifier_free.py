@@ -9,8 +9,8 @@ from rediffuse.process import Prediction
 def classifier_free(conditional: Denoise, unconditional: Denoise, *, scale: float) -> Denoise:
     """u + s·(c - u): 0 is unconditional, 1 conditional (one forward pass each), above 1 guided.
 
-    Ho & Salimans 2022, Eq. 6, write (1 + w)·c - w·u; their w is s - 1. Since x_0 and ε both are affine
-    in the network's output, guiding the two together keeps α·x_0 + σ·ε = x_t.
+    Ho & Salimans 2022, Eq. 6, write (1 + w)·c - w·u; their w is s - 1. Since x_0 and ε both are
+    affine in the network's output, guiding the two together keeps α·x_0 + σ·ε = x_t.
     """
     if scale == 1:
         return conditional

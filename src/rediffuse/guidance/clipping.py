@@ -10,8 +10,8 @@ from rediffuse.tensors import expand
 def clipping(denoise: Denoise, schedule: Schedule, *, low: Tensor, high: Tensor) -> Denoise:
     """Hold x_0 where pixels can be (Ho et al. 2020's code; Saharia et al. 2022, App. A.2).
 
-    `low` and `high` broadcast against an image; ε is recomputed, so that α·x_0 + σ·ε = x_t still holds.
-    Never for latents, whose range has no bounds.
+    `low` and `high` broadcast against an image; ε is recomputed, so that α·x_0 + σ·ε = x_t still
+    holds. Never for latents, whose range has no bounds.
     """
 
     def clipped(x_t: Tensor, t: Tensor) -> Prediction:

@@ -1,4 +1,4 @@
-"""The continuous cosine schedule: α = cos(πt/2), σ = sin(πt/2) (Nichol & Dhariwal 2021; Salimans & Ho 2022)."""
+"""The continuous cosine schedule: α = cos(πt/2), σ = sin(πt/2) (Salimans & Ho 2022)."""
 
 import math
 from dataclasses import dataclass

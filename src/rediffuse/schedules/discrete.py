@@ -1,4 +1,4 @@
-"""Chains of T steps: β_1 .. β_T, ᾱ_t = ∏ (1 - β_i), on the papers' clock t = 0, 1, .. T with ᾱ_0 = 1."""
+"""Chains of T steps: β_1 .. β_T and ᾱ_t = ∏ (1 - β_i), on the papers' clock, with ᾱ_0 = 1."""
 
 import math
 import warnings
@@ -16,7 +16,8 @@ from rediffuse.process import Scales
 class Discrete:
     """A variance-preserving chain: α² = ᾱ_t and σ² = 1 - ᾱ_t, both [T + 1] in float64.
 
-    Between two steps ᾱ is interpolated linearly, so that `time` can invert; `snap` gives whole steps.
+    Between two steps ᾱ is interpolated linearly, so that `time` can invert; `snap` gives whole
+    steps.
     """
 
     alpha_bar: Tensor
@@ -104,7 +105,7 @@ def scaled_linear(
     beta_end: float = 0.012,
     zero_terminal_snr: bool = False,
 ) -> Discrete:
-    """`quadratic` with the end points of latent diffusion (Rombach et al. 2022, released models)."""
+    """`quadratic` between the end points of latent diffusion (Rombach et al. 2022's models)."""
     return quadratic(
         steps=steps,
         beta_start=beta_start,
@@ -161,12 +162,12 @@ def _betas_of(alpha_bar: Callable[[Tensor], Tensor], steps: int, most: float = 0
 
 
 def _per_step(betas_of_1000: Tensor, most: float = 0.999) -> Tensor:
-    """Scale β by 1000/T: a chain of 100 steps must take ten times larger ones to reach the noise."""
+    """Scale β by 1000/T: a chain of 100 steps must take ten times larger ones."""
     betas = betas_of_1000 * (1000 / len(betas_of_1000))
     if (betas > most).any():
         warnings.warn(
-            f"{len(betas)} steps are too few for this schedule: {int((betas > most).sum())} of its β "
-            f"would pass {most} and are cut there; more steps or schedule=cosine keep its shape",
+            f"{len(betas)} steps are too few for this schedule: {int((betas > most).sum())} of its "
+            f"β would pass {most} and are cut there; more steps or schedule=cosine keep its shape",
             stacklevel=3,
         )
     return betas.clamp(max=most)

@@ -1,4 +1,4 @@
-"""The straight path of flow matching (Lipman et al. 2023; Liu et al. 2023): x_t = (1 - t)·x_0 + t·ε."""
+"""The straight path x_t = (1 - t)·x_0 + t·ε (Lipman et al. 2023; Liu et al. 2023)."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Flow:
 
 
 def flow(*, shift: float = 1.0, t_min: float = 1e-3) -> Flow:
-    """Esser et al. 2024, Eq. 23: a shift above 1 spends more of the clock on noise, for larger images."""
+    """Esser et al. 2024, Eq. 23: a shift above 1 spends more of the clock on noise."""
     if shift <= 0:
         raise ConfigError(f"flow's shift must be above 0, not {shift:g}")
     return Flow(shift, t_min)

@@ -1,4 +1,4 @@
-"""Solvers: generator functions that walk x down a grid of times and yield every state, one file each."""
+"""Solvers: generator functions that walk x down a grid of times, one file each."""
 
 from collections.abc import Callable, Iterator
 

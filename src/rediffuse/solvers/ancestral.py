@@ -22,8 +22,9 @@ def ancestral(
 ) -> Iterator[Tensor]:
     """Ho et al. 2020, Alg. 2, on any grid: draw x_s from q(x_s | x_t, x̂_0).
 
-    `variance` lies between 0, the posterior's β̃_t, and 1, the transition's β_t (their Sec. 3.2), in
-    logarithms (Nichol & Dhariwal 2021, Eq. 15); a network that learned the fraction decides instead.
+    `variance` lies between 0, the posterior's β̃_t, and 1, the transition's β_t (their Sec. 3.2),
+    in logarithms (Nichol & Dhariwal 2021, Eq. 15); a network that learned the fraction decides
+    instead.
     """
     for t, s in pairwise(times):
         predicted = denoise(x, t)

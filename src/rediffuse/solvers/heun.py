@@ -27,9 +27,9 @@ def heun(
 ) -> Iterator[Tensor]:
     """Karras et al. 2022, Alg. 2: the trapezoid rule on dx = x_0·dα + ε·dσ, two evaluations a step.
 
-    `churn` (S_churn) first raises the noise level where σ/α lies in [`churn_min`, `churn_max`] (S_tmin,
-    S_tmax), with noise of standard deviation `noise_scale` (S_noise). A step that ends below t_min, where
-    no network was trained, is Euler's.
+    `churn` (S_churn) first raises the noise level where σ/α lies in [`churn_min`, `churn_max`]
+    (S_tmin, S_tmax), with noise of standard deviation `noise_scale` (S_noise). A step that ends
+    below t_min, where no network was trained, is Euler's.
     """
     rise = min(churn / (len(times) - 1), math.sqrt(2) - 1)  # their γ_i
     for t, s in pairwise(times):
@@ -51,7 +51,7 @@ def heun(
 def _raised(
     schedule: Schedule, x: Tensor, t: Tensor, ratio: Tensor, noise: Noise, noise_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Move x from t to the noisier time where σ/α is `ratio` (Karras et al. 2022, Alg. 2, lines 5-6)."""
+    """Move x to the noisier time where σ/α is `ratio` (Karras et al. 2022, Alg. 2, lines 5-6)."""
     higher = schedule.snap(schedule.time(-ratio.log()))
     if higher <= t:  # a discrete chain may have no step in between, and none above T
         return t, x

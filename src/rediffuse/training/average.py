@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Average:
     """An exponential moving average in float32, its half-life counted in images.
 
-    A fixed decay keeps the random start for long: a third of it is left after 10,000 steps at 0.9999.
-    The warm-up (1 + n)/(10 + n) after n steps lets the average follow closely at first.
+    A fixed decay keeps the random start for long: a third of it is left after 10,000 steps at
+    0.9999. The warm-up (1 + n)/(10 + n) after n steps lets the average follow closely at first.
     """
 
     def __init__(self, network: nn.Module, *, half_life_images: int, warm_up: bool = True) -> None:

@@ -30,8 +30,8 @@ _MANIFEST = "manifest.json"
 def save_checkpoint(state: TrainState, folder: Path, step: int) -> Path:
     """Write the whole state below `folder`; it is there completely or not at all.
 
-    The file protocol (Pillai et al. 2014): unique temporary directory beside the final place, every file
-    synced, manifest last, one rename, parent synced.
+    The file protocol (Pillai et al. 2014): unique temporary directory beside the final place, every
+    file synced, manifest last, one rename, parent synced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -94,7 +94,7 @@ def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average")
 
 
 def newest(folder: Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint that verifies, or None where there never was one; broken ones are set aside.
+    """The newest checkpoint that verifies, or None if there never was one; broken ones go aside.
 
     Raises:
         CheckpointError: if there are checkpoints and none of them verifies.

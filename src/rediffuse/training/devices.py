@@ -45,7 +45,7 @@ class Devices:
 
 
 def choose(device: str = "auto") -> Devices:
-    """Take the best device there is, or the one that is asked for; join `accelerate launch`'s other processes.
+    """Take the best device there is, or the one asked for; join `accelerate launch`'s processes.
 
     Raises:
         ConfigError: if the device asked for is not there.
@@ -70,10 +70,10 @@ def choose(device: str = "auto") -> Devices:
 def set_determinism(
     mode: str, device: torch.device, threads: int | None, *, compiled: bool = False
 ) -> str:
-    """Switch torch to `exact` or `fast` kernels, process-wide; `auto` is exact on a CPU. Return which.
+    """Switch torch to `exact` or `fast` kernels and return which; `auto` is exact on a CPU.
 
-    Order, times and noise do not depend on it. `exact` gives equal bits on one kind of machine with the
-    same number of threads; `fast` leaves the choice of kernels to torch.
+    Order, times and noise do not depend on it. `exact` gives equal bits on one kind of machine with
+    the same number of threads; `fast` leaves the choice of kernels to torch.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What looks on while the loop runs. A hook reads the state, writes its windows, and changes no weight."""
+"""What looks on while the loop runs; a hook reads the state and changes no weight."""
 
 import signal
 import time
@@ -20,7 +20,7 @@ Record = Callable[[dict[str, float], int], None]
 
 
 def log(record: Record) -> Hook:
-    """Record the mean losses since the last time, the learning rate, the gradient norm and the speed."""
+    """Record mean losses since the last time, learning rate, gradient norm and speed."""
     clock = _Clock()
 
     def write(state: TrainState, metrics: dict[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ def train(
 
 
 def every(images: int, batch_size: int, hook: Hook) -> Hook:
-    """Call a hook whenever the images seen pass a multiple of `images`; a function of them alone."""
+    """Call a hook whenever the images seen pass a multiple of `images`."""
 
     def sometimes(state: TrainState, metrics: dict[str, Tensor]) -> None:
         if state.images_seen // images > (state.images_seen - batch_size) // images:

@@ -41,7 +41,7 @@ def adamw(
 
 
 def parameter_groups(network: nn.Module) -> Groups:
-    """Two groups: weights of convolutions and linear maps, which decay, and all else, which does not.
+    """Two groups: weights of convolutions and linear maps, which decay, and all else.
 
     Biases, norms and embeddings are spared: pulling a scale or a shift to 0 only costs accuracy.
     """

@@ -1,7 +1,7 @@
-"""The learning rate as a share of its peak: a pure function of the images seen, with nothing to restore.
+"""The learning rate as a share of its peak: a pure function of the images seen.
 
-Every rate takes the images seen at the end of the step and the horizon over which it falls. Beyond the
-horizon it stays where it ended.
+Every rate takes the images seen at the end of the step and the horizon over which it falls. Beyond
+the horizon it stays where it ended.
 """
 
 import math

@@ -15,7 +15,7 @@ _BINS = len(BIN_EDGES) + 1
 
 @dataclass
 class Sums:
-    """Running sums of losses since some point; they stay on the device until somebody reads them."""
+    """Sums of losses since some point; they stay on the device until somebody reads them."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     bin_loss: Tensor = field(default_factory=lambda: torch.zeros(_BINS))

@@ -46,7 +46,8 @@ class Recipe:
 def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Ho et al. 2020, Alg. 1, for one batch in one or more pieces; return gradient norm and loss.
 
-    A step whose gradients are not finite leaves weights, average and optimizer alone and is counted.
+    A step whose gradients are not finite leaves weights, average and optimizer alone and is
+    counted.
 
     Raises:
         TrainingError: after `non_finite_limit` such steps in a row.
@@ -74,7 +75,7 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
 
 
 def accumulate(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> tuple[Tensor, Sums]:
-    """Add up the gradients of the mean loss over the whole batch; return that mean and the sums to log."""
+    """Add up the gradients of the mean loss over the whole batch; return it, and what to log."""
     total, sums = torch.zeros((), device=recipe.devices.device), Sums()
     for batch in batches:
         losses, t = batch_losses(recipe, batch)
@@ -98,7 +99,7 @@ def batch_losses(recipe: Recipe, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _some_dropped(recipe: Recipe, batch: Batch) -> Tensor | None:
-    """Hide the class of a keyed share of images behind the null class (Ho & Salimans 2022, Alg. 1)."""
+    """Hide the class of a keyed share of images (Ho & Salimans 2022, Alg. 1)."""
     if batch.cond is None or recipe.null_class is None:
         return batch.cond
     drawn = uniform(recipe.seed, Stream.LABEL_DROP, batch.index, 1)[:, 0]
