@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from rediffuse.data.pixels import to_uint8
 from rediffuse.denoiser import Denoise, Denoiser
 from rediffuse.errors import CheckpointError, ConfigError
 from rediffuse.guidance.clipping import clipping
+from rediffuse.process import Prediction
 from rediffuse.randomness import ImageNoise
 from rediffuse.runs import Run
 from rediffuse.sampling import trajectory
@@ -301,7 +302,8 @@ def _padded(job: Job, to: int = 8) -> Job:
 
 
 def _guided(model: Model, denoiser: Denoiser, how: Sampling, job: Job) -> Denoise:
-    denoise: Denoise = denoiser
+    told = _in_precision(model, denoiser)
+    denoise: Denoise = told
     scale = how.guidance.arguments.get("scale", 1)
     if job.classes is not None:
         if scale != 1 and model.config.training.label_dropout == 0:
@@ -312,13 +314,25 @@ def _guided(model: Model, denoiser: Denoiser, how: Sampling, job: Job) -> Denois
         cond = torch.tensor(job.classes, device=model.device)
         null = torch.full_like(cond, len(model.class_names))
         denoise = build.bind("guidance", how.guidance, "sampling.guidance", model.trusted)(
-            partial(denoiser, cond=cond), partial(denoiser, cond=null)
+            partial(told, cond=cond), partial(told, cond=null)
         )
     elif scale != 1:
         raise ConfigError("this model was trained without classes, so there is nothing to guide by")
     if how.clip:
         low, high = pixel_range(model.config.data.mean, model.config.data.std)
         denoise = clipping(denoise, denoiser.schedule, low=low, high=high)
+    return denoise
+
+
+def _in_precision(model: Model, denoiser: Denoiser) -> Callable[..., Prediction]:
+    """Let the network compute as it was trained; what the solver sees stays in float32."""
+    if model.precision is torch.float32:
+        return denoiser
+
+    def denoise(x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Prediction:
+        with torch.autocast(model.device.type, model.precision):
+            return denoiser(x_t, t, cond)
+
     return denoise
 
 
