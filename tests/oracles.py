@@ -1,7 +1,9 @@
 """Denoisers that are known exactly, networks that say what a test wants, and all schedules."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,11 @@ def is_chain(schedule: Schedule) -> bool:
 def scalar(value: float) -> Tensor:
     """A time or a coefficient: float64 without dimensions."""
     return torch.tensor(value, dtype=torch.float64)
+
+
+def about(expected: Any, rel: float = 1e-9) -> Any:
+    """pytest.approx without its absolute tolerance of 1e-12, which small numbers would hide in."""
+    return pytest.approx(expected, rel=rel, abs=0)
 
 
 def several_times(schedule: Schedule, count: int = 200) -> Tensor:

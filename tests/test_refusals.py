@@ -45,7 +45,10 @@ def refused(
         (["training.batch_size=true"], "training.batch_size: expected a valid integer, not True"),
         (["model.dropout=high"], "model.dropout: expected a valid number, not 'high'"),
         (["training.accumulation=3"], "must divide training.batch_size=64"),
-        (["training.images=5"], "give either training.epochs or training.images"),
+        (
+            ["training.images=5", "training.epochs=2"],
+            "give either training.epochs or training.images",
+        ),
         (["seed=-1"], "seed: expected greater than or equal to 0"),
         (["schedule=flo"], "schedule=flo: there is no such schedule; did you mean flow?"),
         (["experiment=imagenet"], "there is no such experiment"),

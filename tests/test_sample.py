@@ -32,7 +32,8 @@ def test_from_elsewhere_a_prefix_of_the_id_is_enough(
     done = rediffuse("sample", run[:6], *words, root=tmp_path)
     assert "12 images from average weights at step-00000010" in done.stdout
     assert len(pixels(out)) == 12
-    assert Image.open(out / "film.gif").n_frames == 3
+    with Image.open(out / "film.gif") as film:
+        assert film.n_frames == 3
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["run"] == run
     assert [image["class"] for image in manifest["images"]] == [*"0123456789", "0", "1"]
@@ -87,7 +88,7 @@ def test_another_seed_another_class_and_other_weights_give_other_images(
     ("options", "error", "says"),
     [
         (Options(class_name="cat"), ConfigError, "class 'cat': there is none; there are 0, 1"),
-        (Options(checkpoint="99"), CheckpointError, "no checkpoint '99'; it has step-00000005"),
+        (Options(checkpoint="99"), CheckpointError, "no checkpoint '99'; it has step-00000009"),
         (Options(solver="hoin"), ConfigError, "there is no solver 'hoin'"),
         (Options(solver="heun chrun=4"), ConfigError, "did you mean churn"),
         (Options(steps=2000), ConfigError, "2000 sampling steps"),
@@ -115,6 +116,8 @@ def test_a_finished_run_says_so_and_fixed_keys_are_refused_with_both_values(
     assert sorted((root / run).rglob("*")) == before
     refused = rediffuse("resume", run[:8], "model.base_channels=32", root=root, check=2)
     assert "model.base_channels is 16 in this run and cannot become 32" in refused.stderr
+    refused = rediffuse("resume", run[:8], "target=eps", root=root, check=2)
+    assert "target is 'v' in this run and cannot become 'eps'" in refused.stderr
     assert runs.status_now(runs.find_run(root, run)) == "FINISHED"
 
 

@@ -10,6 +10,7 @@ from oracles import (
     CONTINUOUS,
     SCHEDULES,
     Counted,
+    about,
     final,
     gaussian,
     gaussian_flow,
@@ -88,27 +89,23 @@ class Drawn:
 def test_the_published_ends_of_a_gaussian_on_the_karras_grid(solver, of_10, of_40):
     schedule = edm.edm()
     for steps, end in ((10, of_10), (40, of_40)):
-        assert end_of(solver, schedule, karras(schedule, steps), 80.0) == pytest.approx(
-            end, rel=1e-9
-        )
+        assert end_of(solver, schedule, karras(schedule, steps), 80.0) == about(end)
     exact = gaussian_flow(schedule, scalar(80.0), scalar(80.0), scalar(0.0)).item()
-    assert exact == pytest.approx(0.499990234661093, rel=1e-9)
+    assert exact == about(0.499990234661093)
 
 
 def test_the_published_ends_of_a_gaussian_in_flow_matching():
     schedule = flow.flow(t_min=0.0)  # so that Heun's last step has its second evaluation
     ends = [end_of(solver, schedule, trailing(schedule, 10), 1.0) for solver in (euler, heun)]
-    assert ends == pytest.approx([0.430782604899, 0.501719912194], rel=1e-9)
+    assert ends == about([0.430782604899, 0.501719912194])
 
 
 def test_the_published_ends_of_ddim_on_the_linear_chain():
     schedule = discrete.linear()
     ends = [end_of(ddim, schedule, trailing(schedule, steps), 1.0) for steps in (10, 50)]
-    assert ends == pytest.approx(
-        [0.36995477, 0.47140284], rel=2e-6
-    )  # published from float32 tables
+    assert ends == about([0.36995477, 0.47140284], rel=2e-6)  # published from float32 tables
     exact = gaussian_flow(schedule, scalar(1.0), scalar(1000.0), scalar(0.0)).item()
-    assert exact == pytest.approx(0.5000075673526, rel=1e-9)
+    assert exact == about(0.5000075673526)
 
 
 def test_the_published_output_variance_of_ancestral_sampling():
@@ -118,7 +115,7 @@ def test_the_published_output_variance_of_ancestral_sampling():
     x[0] = 1
     gains = final(ancestral(gaussian(schedule), schedule, x, trailing(schedule, 1000), noise))
     assert noise.draws == 999
-    assert gains.square().sum().item() == pytest.approx(0.2461252113602836, rel=1e-9)
+    assert gains.square().sum().item() == about(0.2461252113602836)
 
 
 # Orders of convergence
@@ -298,12 +295,12 @@ def test_churn_moves_an_image_to_a_known_noisier_time_with_the_marginal_of_that_
     now, then = schedule(t), schedule(higher)
     assert higher > t
     assert schedule.snap(higher) == higher
-    assert kept.item() == pytest.approx((then.alpha / now.alpha).item(), rel=1e-9)
+    assert kept.item() == about((then.alpha / now.alpha).item())
     marginal = (kept * now.sigma) ** 2 + added**2
-    assert marginal.item() == pytest.approx(then.sigma.item() ** 2, rel=1e-9)
+    assert marginal.item() == about(then.sigma.item() ** 2)
     if not is_chain(schedule):
         raised = (now.half_log_snr - then.half_log_snr).exp()
-        assert raised.item() == pytest.approx(math.sqrt(2), rel=1e-9)
+        assert raised.item() == about(math.sqrt(2))
 
 
 def test_dpmpp_2m_is_lu_et_al_algorithm_2():

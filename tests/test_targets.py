@@ -14,6 +14,7 @@ from oracles import (
     ZERO_SNR_1000,
     Says,
     SmallNetwork,
+    about,
     images,
     scalar,
     several_times,
@@ -177,8 +178,8 @@ def test_an_edm_denoiser_has_the_preconditioning_of_karras_et_al(sigma, publishe
         (c_skip, c_out, c_in, c_noise), karras_table_1(sigma), published, strict=True
     ):
         rel = 1e-6 if found is c_noise else 1e-9  # a label is float32
-        assert found == pytest.approx(literal, rel=rel)
-        assert table is None or found == pytest.approx(table, rel=rel)
+        assert found == about(literal, rel=rel)
+        assert table is None or found == about(table, rel=rel)
 
 
 def test_a_network_hears_its_label_once_per_image_and_what_it_is_told():

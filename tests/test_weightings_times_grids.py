@@ -11,6 +11,7 @@ from oracles import (
     CONTINUOUS,
     SCHEDULES,
     ZERO_SNR_1000,
+    about,
     scalar,
     several_times,
 )
@@ -56,7 +57,7 @@ def test_the_published_min_snr_weights_of_linear(t, eps, v, x_0):
     at = discrete.linear()(scalar(t))
     found = [min_snr(at, target).item() for target in (targets.eps, targets.v, targets.x_0)]
     # Published from float32 tables, where 1 - ᾱ near data has lost its last digits.
-    assert found == pytest.approx([eps, v, x_0], rel=5e-5)
+    assert found == about([eps, v, x_0], rel=5e-5)
 
 
 def test_min_snr_of_linear_is_that_of_exact_fractions():
@@ -65,8 +66,8 @@ def test_min_snr_of_linear_is_that_of_exact_fractions():
         alpha_bar *= 1 - Fraction(1, 10_000) - Fraction(199, 10_000) * Fraction(i, 999)
     snr = alpha_bar / (1 - alpha_bar)
     at = discrete.linear()(scalar(11.0))
-    assert min_snr(at, targets.eps).item() == pytest.approx(float(5 / snr), rel=1e-9)
-    assert min_snr(at, targets.v).item() == pytest.approx(float(5 / (snr + 1)), rel=1e-9)
+    assert min_snr(at, targets.eps).item() == about(float(5 / snr))
+    assert min_snr(at, targets.v).item() == about(float(5 / (snr + 1)))
 
 
 @pytest.mark.parametrize("schedule", ZERO_SNR_1000.values(), ids=ZERO_SNR_1000)
@@ -121,7 +122,7 @@ def test_logit_normal_draws_the_middle_of_the_path_more_often():
     inside = ((t > torch.sigmoid(scalar(-1.0))) & (t < torch.sigmoid(scalar(1.0)))).double().mean()
     assert inside.item() == pytest.approx(math.erf(1 / math.sqrt(2)), abs=1e-4)
     shifted = logit_normal(flow.flow(), scalar(0.5)[None], mean=0.7, std=3.0)
-    assert torch.logit(shifted).item() == pytest.approx(0.7, rel=1e-9)
+    assert torch.logit(shifted).item() == about(0.7)
 
 
 @pytest.mark.parametrize("schedule", CONTINUOUS.values(), ids=CONTINUOUS)
@@ -208,7 +209,7 @@ def test_the_published_karras_grid():
         80, 42.4151893185, 21.1086767362, 9.72320135526, 4.06612360295, 1.50174197907,
         0.469979057998, 0.116638563525, 0.0204353345534, 0.002, 0,
     ]  # fmt: skip
-    assert karras(edm.edm(), 10).tolist() == pytest.approx(expected, rel=1e-9)
+    assert karras(edm.edm(), 10).tolist() == about(expected)
 
 
 def test_karras_spaces_the_noise_to_image_ratio_of_any_process_by_its_seventh_root():

@@ -14,6 +14,7 @@ from rediffuse.config.compose import (
     checked,
     dump_yaml,
     read_yaml,
+    refuse_groups,
     set_values,
     typed_values,
 )
@@ -84,7 +85,10 @@ def resume(
     run = runs.find_run(runs.runs_root(root), word)
     old = load_config(run)
     tree = old.model_dump()
-    set_values(tree, typed_values(words))
+    tree["training"]["stop_after_images"] = None  # that was for the process before
+    typed = typed_values(words)
+    refuse_groups(typed, tree)
+    set_values(tree, typed)
     config = checked(tree)
     drift = changes(old, config)
     build.check(config, trusted)

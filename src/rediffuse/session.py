@@ -212,11 +212,15 @@ def planned_images(config: Config, per_epoch: int) -> int:
 
 def longer(run: Run, config: Config) -> str:
     """The command that makes a finished run go on for as long again."""
-    training = config.training
+    training, horizon = config.training, config.rate.horizon_images
+    length = f"images={2 * (training.images or 0)}"
     if training.epochs is not None:
-        return f"rediffuse resume {run.id} training.epochs={2 * training.epochs:g}"
-    assert training.images is not None
-    return f"rediffuse resume {run.id} training.images={2 * training.images}"
+        length = f"epochs={2 * training.epochs:g}"
+    # A rate that has fallen to the end of its horizon would stay there.
+    farther = (
+        f" rate.horizon_images={2 * horizon}" if horizon and config.rate.name != "constant" else ""
+    )
+    return f"rediffuse resume {run.id} training.{length}{farther}"
 
 
 def say(line: str) -> None:

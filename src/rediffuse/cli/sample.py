@@ -49,7 +49,7 @@ from rediffuse.cli import options
 def sample(run_id: str | None, option: str | None, **how: object) -> int:
     """Draw images from a run: one PNG each, a grid, and a manifest that says how they were made.
 
-    RUN_ID is all it needs; a run's directory, or the first 6 digits of its id, will do as well.
+    RUN_ID, or the first 6 digits of it, is all that it needs.
 
     \b
     rediffuse sample 3f2a91

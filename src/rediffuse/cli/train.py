@@ -21,6 +21,7 @@ _WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 @click.option("-m", "--multirun", is_flag=True, help="One run for each of `key=a,b,c`.")
 @click.option("--show-config", is_flag=True, help="Print the whole configuration and stop.")
 @options.root
+@options.trust
 def train(
     words: tuple[str, ...],
     file: Path | None,
@@ -28,6 +29,7 @@ def train(
     multirun: bool,
     show_config: bool,
     root: Path | None,
+    trust: tuple[str, ...],
 ) -> int:
     """Train a model; every KEY of the configuration can be set, and every group (`schedule=flow`).
 
@@ -46,7 +48,7 @@ def train(
 
     rest, ids = _taken(words, "resume_from_run_id", "parent_run_id")
     if ids["resume_from_run_id"]:
-        return launch.resume(ids["resume_from_run_id"], rest, root=root)
+        return launch.resume(ids["resume_from_run_id"], rest, root=root, trusted=trust)
     config = compose([*rest, *([f"name={_quoted(name)}"] if name else [])], file)
     if show_config:
         click.echo(dump_yaml(config), nl=False)

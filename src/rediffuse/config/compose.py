@@ -48,14 +48,37 @@ def typed_values(words: Sequence[str]) -> list[tuple[str, Any]]:
     return list(_overrides(words))
 
 
+_LENGTHS = ("training.epochs", "training.images")
+
+
+def refuse_groups(values: Sequence[tuple[str, Any]], tree: Tree) -> None:
+    """Refuse to choose other files for a run that has begun.
+
+    Raises:
+        ConfigError: naming what the run has and what was asked for.
+    """
+    for key, value in values:
+        has = tree.get(key) or tree["sampling"].get(key)
+        if isinstance(has, dict) and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{key} is '{has.get('name', 'settled')}' in this run and cannot become '{value}' "
+                f"on the way; set single values by their full keys, as {key}.{next(iter(has))}"
+            )
+
+
 def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
     """Set full keys (`training.epochs`) or unambiguous last names (`--epochs`) in a plain tree.
 
     Raises:
         ConfigError: for a name that no section has, or that more than one has.
     """
-    for key, value in values:
-        *sections, last = _full_key(tree, key).split(".")
+    full = [(_full_key(tree, key), value) for key, value in values]
+    given = {key for key, _ in full}
+    for one, other in (_LENGTHS, _LENGTHS[::-1]):
+        if one in given and other not in given:
+            full.append((other, None))  # a length in epochs replaces one in images
+    for key, value in full:
+        *sections, last = key.split(".")
         at = tree
         for section in sections:
             if not isinstance(at.get(section), dict):

@@ -38,7 +38,7 @@ def instance(channels: int, *, eps: float = 1e-6) -> nn.GroupNorm:
 
 
 def batch(channels: int, *, eps: float = 1e-5) -> nn.BatchNorm2d:
-    """Normalise each channel over the batch, then by running means (Ioffe & Szegedy 2015)."""
+    """Normalise each channel over the batch, later by running means (Ioffe & Szegedy 2015)."""
     return nn.BatchNorm2d(channels, eps)
 
 
@@ -47,6 +47,6 @@ def forgets_channel_means(norm: nn.Module) -> bool:
     return isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
 
 
-def divisors(channels: int) -> str:
-    """Name the numbers that divide `channels`."""
-    return ", ".join(str(n) for n in range(1, channels + 1) if channels % n == 0)
+def divisors(number: int) -> str:
+    """Name the numbers that divide it, for messages."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
