@@ -138,7 +138,7 @@ def test_the_most_extreme_words_give_finite_normals_below_6_8(monkeypatch):
 
 
 def test_permuted_is_a_permutation_of_every_length():
-    for length in [*range(1, 65), *range(65, 301, 5), 1000, 60_000]:
+    for length in [*range(1, 18), *range(18, 301, 6), 1000, 60_000]:
         epoch = torch.tensor([length % 5])
         placed = permuted(torch.arange(length), length, 1, epoch, Stream.ORDER)
         assert placed.sort().values.equal(torch.arange(length)), length

@@ -248,9 +248,10 @@ def test_a_learned_fraction_interpolates_log_variances_per_pixel():
     )
 
 
-def test_heun_with_churn_is_karras_et_al_algorithm_2():
+@pytest.mark.parametrize("s_churn", [4.0, 40.0])
+def test_heun_with_churn_is_karras_et_al_algorithm_2(s_churn):
     schedule, steps = edm.edm(), 32
-    s_churn, s_tmin, s_tmax, s_noise = 40.0, 0.05, 50.0, 1.003
+    s_tmin, s_tmax, s_noise = 0.05, 50.0, 1.003
     denoise, drawn = two_points(schedule), Drawn()
     t = karras(schedule, steps)
     x = images(4, 2) * 80

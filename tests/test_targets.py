@@ -174,12 +174,13 @@ def test_an_edm_denoiser_has_the_preconditioning_of_karras_et_al(sigma, publishe
     heard["answer"] = 1.0
     c_out = denoiser(0 * one, t).x_0.item()
 
-    for found, literal, table in zip(
-        (c_skip, c_out, c_in, c_noise), karras_table_1(sigma), published, strict=True
+    found = (c_skip, c_out, c_in, c_noise)
+    accuracies = (1e-9, 1e-9, 1e-9, 1e-6)  # a label is float32
+    for one, literal, table, rel in zip(
+        found, karras_table_1(sigma), published, accuracies, strict=True
     ):
-        rel = 1e-6 if found is c_noise else 1e-9  # a label is float32
-        assert found == about(literal, rel=rel)
-        assert table is None or found == about(table, rel=rel)
+        assert one == about(literal, rel=rel)
+        assert table is None or one == about(table, rel=rel)
 
 
 def test_a_network_hears_its_label_once_per_image_and_what_it_is_told():

@@ -21,7 +21,7 @@ def trajectory(
     noise: ImageNoise,
     like: Tensor,
 ) -> Iterator[Tensor]:
-    """Yield x at every stop of the grid, from noise to data; `like` gives shape, dtype and device.
+    """Yield x after every step, down to data; `like` gives shape, dtype and device.
 
     Inference mode covers the solver's work and never leaks into the caller's.
     """
