@@ -129,7 +129,7 @@ def test_numbers_of_images_are_read_as_people_write_them() -> None:
 
 def test_a_grid_holds_every_image_in_its_place() -> None:
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((6, 3, 2, 2), np.uint8)
-    canvas = grid(images, columns=4, gap=1)
+    canvas = grid(images, columns=4, gap=1, least=2)
     assert canvas.shape == (5, 11, 3)
     assert [int(canvas[0, x, 0]) for x in (0, 3, 6, 9)] == [0, 1, 2, 3]
     assert [int(canvas[3, x, 0]) for x in (0, 3)] == [4, 5]

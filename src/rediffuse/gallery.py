@@ -246,8 +246,12 @@ def save_film(model: Model, how: Sampling, job: Job, file: Path, most: int = 16)
     first.save(file, save_all=True, append_images=rest, duration=80, loop=0)
 
 
-def grid(images: Pixels, columns: int | None = None, gap: int = 2) -> UInt8[np.ndarray, "h w c"]:
-    """Lay images out in rows, left to right, on white."""
+def grid(
+    images: Pixels, columns: int | None = None, gap: int = 2, least: int = 28
+) -> UInt8[np.ndarray, "h w c"]:
+    """Lay images out in rows, left to right, on white; tiny ones are enlarged to `least` pixels."""
+    zoom = max(1, -(-least // images.shape[-1]))
+    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
