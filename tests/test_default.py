@@ -13,6 +13,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 
+# MLflow 3.17 with SQLAlchemy 2.1 warns of itself when a client is made.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_a_run_says_first_and_last_where_it_is_and_how_to_go_on(tmp_path: Path) -> None:
     words = [word for word in TINY if word != "tracking=none"]
     done = rediffuse("train", *words, "training.images=240", root=tmp_path)
