@@ -199,6 +199,18 @@ def test_hooks_come_when_their_images_pass_and_never_depend_on_the_start() -> No
     assert seen_from(96) == whole[2:]
 
 
+def test_training_stops_after_so_many_checks_without_a_better_one() -> None:
+    state = fresh()
+    recipe = recipe_for(state.network, learning_rate=lambda images: 0.0)
+    steps = batches().since(0)
+    held_out = next(batches().since(640))
+    state.average = None  # with weights that stand still, only the first check is better
+    state.network.norm = nn.Identity()  # type: ignore[assignment]
+    looks = [hooks.validate(recipe, held_out, lambda values, images: None), hooks.stop_early(3)]
+    assert train(recipe, state, steps, looks, 10_000) == "no better validation loss in 3 checks"
+    assert state.images_seen == 4 * SIZE
+
+
 def test_losses_by_noise_level_add_up_to_the_loss() -> None:
     sums = Sums.of(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-9.0, 0.5, 0.7]).double())
     means = sums.means()

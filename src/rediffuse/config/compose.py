@@ -5,6 +5,7 @@ single values are set here, in a plain tree, so that one check with one wording 
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
         text = file.read_text(encoding="utf-8")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
             raise ConfigError(f"{file}: YAML aliases are not read; write the value out")
-        tree = yaml.load(text, _Floats)
+        tree = yaml.load(text, _Floats)  # a SafeLoader
     except OSError as refused:
         raise ConfigError(f"{file}: cannot be read ({refused.strerror})") from None
     except UnicodeDecodeError:
@@ -201,7 +202,7 @@ class _Floats(yaml.SafeLoader):
 
 _Floats.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
