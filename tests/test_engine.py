@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rediffuse import weightings
+from rediffuse import losses, weightings
 from rediffuse.data.batches import Batches
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import CheckpointError, TrainingError
@@ -47,6 +47,7 @@ class Tiny(nn.Module):
 def recipe_for(network: nn.Module, **changes: object) -> Recipe:
     base = Recipe(
         denoiser=Denoiser(network, discrete.linear(), eps),
+        objective=losses.simple,
         weighting=weightings.unit,
         times=uniform_steps,
         seed=3,

@@ -9,6 +9,7 @@ import yaml
 from rediffuse import build
 from rediffuse.config.compose import checked, compose, dump_yaml, read_yaml
 from rediffuse.config.schema import Part
+from rediffuse.legality import check
 
 CONFIGS = Path(build.__file__).parent / "configs"
 AXES = {axis for axis in build.AXES if (CONFIGS / axis).is_dir()}
@@ -31,7 +32,7 @@ def test_every_preset_composes_checks_and_survives_its_own_yaml(
     config = compose([f"experiment={preset}"])
     if config.data.name == "folder":
         config = compose([f"experiment={preset}", f"data.path={tmp_path}"])
-    build.check(config)
+    check(config)
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config))
     assert checked(read_yaml(file)) == config
@@ -88,14 +89,13 @@ def test_a_users_own_part_needs_trust_once_it_comes_with_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_lab.py").write_text(
-        "import torch\n\ndef heavy(at, target, *, factor: float = 2.0):\n"
-        "    return torch.full_like(at.sigma, factor)\n"
+        "import torch\n\ndef heavy(schedule, t, target, *, factor: float = 2.0):\n"
+        "    return torch.full_like(t, factor)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     part = Part.model_validate({"name": "my_lab.heavy", "factor": 3.0})
-    at = compose([])
-    scales = build.schedule(at)(torch.tensor([500.0], dtype=torch.float64))
-    assert build.bind("weighting", part, "weighting")(scales, None).tolist() == [3.0]
+    t = torch.tensor([500.0], dtype=torch.float64)
+    assert build.bind("weighting", part, "weighting")(None, t, None).tolist() == [3.0]
     with pytest.raises(build.ConfigError, match="--trust my_lab"):
         build.bind("weighting", part, "weighting", trusted=())
     assert build.bind("weighting", part, "weighting", trusted=("my_lab",)).keywords == {

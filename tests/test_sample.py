@@ -10,7 +10,8 @@ from PIL import Image
 
 from rediffuse import gallery, runs
 from rediffuse.errors import CheckpointError, ConfigError
-from rediffuse.gallery import Options, columns_for, grid, image_numbers
+from rediffuse.gallery import Options, image_numbers
+from rediffuse.pictures import columns_for, grid
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales, transition_variance
-from rediffuse.schedules import cosine, discrete, edm, flow, vp
+from rediffuse.schedules import cosine, discrete, edm, flow, learned, vp
+
+CONTINUOUS = CONTINUOUS | {
+    "cosine_shifted": cosine.cosine(shift=4.0),
+    "flow_resolution": flow.resolution(image_size=96),
+    "learned": learned.learned(),
+}
 
 CHAINS_OF_ANY_LENGTH = {
     f"{name}_{steps}{'_zero_snr' * zero}": chain(steps=steps, zero_terminal_snr=zero)
@@ -280,3 +286,85 @@ def test_labels_are_what_the_papers_tell_their_networks():
 
 def test_edm_runs_from_0_002_to_80_by_default():
     assert (edm.edm().t_min, edm.edm().t_max) == (0.002, 80.0)
+
+
+@pytest.mark.parametrize(("image_d", "noise_d"), [(256, 64), (32, 64), (64, 64)])
+def test_the_shifted_cosine_is_that_of_simple_diffusion(image_d, noise_d):
+    schedule = cosine.cosine(shift=image_d / noise_d)
+    t = between_times(schedule)
+    literal = -2 * (t * math.pi / 2).tan().log() + 2 * math.log(noise_d / image_d)
+    torch.testing.assert_close(2 * schedule(t).half_log_snr, literal, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ConfigError, match="shift must be above 0"):
+        cosine.cosine(shift=0.0)
+
+
+def test_the_resolution_of_flow_shifts_by_the_root_of_the_ratio_of_pixels():
+    n, m = 32 * 32, 64 * 64
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    ratio = math.sqrt(m / n)
+    literal = ratio * t / (1 + (ratio - 1) * t)
+    found = flow.resolution(image_size=64, base_size=32)(t).sigma
+    torch.testing.assert_close(found, literal, rtol=1e-12, atol=0)
+
+
+def test_any_list_of_betas_is_a_chain():
+    wanted = (0.01, 0.5, 0.02, 0.9)
+    assert betas(discrete.betas(betas=wanted)).tolist() == about(wanted)
+    rescaled = discrete.betas(betas=wanted, zero_terminal_snr=True)
+    assert (rescaled(scalar(4.0)).alpha, betas(rescaled)[0].item()) == (0, about(0.01))
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        discrete.betas(betas=(0.1, 1.5))
+
+
+def moved(seed: int, size: float) -> learned.Learned:
+    """A learned schedule after some training: every parameter went somewhere."""
+    schedule = learned.learned(width=16)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in schedule.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += size * noise
+    return schedule
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [0.1, 1.0, 5.0])
+def test_a_learned_schedule_rises_between_fixed_ends_whatever_it_learned(seed, size):
+    schedule = moved(seed, size)
+    t = between_times(schedule)
+    log_snr = 2 * schedule(t).half_log_snr.detach()
+    assert log_snr[[0, -1]].tolist() == about([13.3, -5.0])
+    assert (log_snr.diff() < 0).all()
+    found = schedule.time(log_snr / 2)
+    torch.testing.assert_close(
+        2 * schedule(found).half_log_snr.detach(), log_snr, rtol=0, atol=1e-9
+    )
+    labels = schedule.label(t).detach()
+    torch.testing.assert_close(labels, 1000 * (13.3 - log_snr) / 18.3, rtol=1e-9, atol=1e-9)
+
+
+def test_a_learned_schedule_starts_almost_even_in_log_snr():
+    schedule = learned.learned(max_log_snr=10.0, min_log_snr=-10.0)
+    even = 10 - 20 * torch.linspace(0, 1, 997, dtype=torch.float64)
+    assert (2 * schedule(between_times(schedule)).half_log_snr - even).abs().max() < 0.6
+
+
+def test_below_t_min_a_learned_schedule_falls_to_data_and_inverts():
+    schedule = learned.learned()
+    t = torch.linspace(0, 1e-3, 50, dtype=torch.float64)[1:]
+    half_log_snr = schedule(t).half_log_snr.detach()
+    assert (half_log_snr.diff() < 0).all()
+    torch.testing.assert_close(schedule.time(half_log_snr), t, rtol=1e-9, atol=0)
+
+
+def test_every_parameter_of_a_learned_schedule_has_a_gradient():
+    schedule = moved(0, 0.3)
+    t = between_times(schedule)[1:-1]
+    gradients = torch.autograd.grad(schedule(t).sigma.sin().sum(), list(schedule.parameters()))
+    assert all((gradient != 0).all() for gradient in gradients)
+    assert all(gradient.dtype == torch.float64 for gradient in gradients)
+
+
+def test_a_learned_schedule_without_a_range_is_refused():
+    with pytest.raises(ConfigError, match="needs min_log_snr below max_log_snr, not 3 and 2"):
+        learned.learned(max_log_snr=2.0, min_log_snr=3.0)

@@ -1,9 +1,10 @@
 """From a name to an object: the folder is the registry.
 
 An axis is a module or a package, and the positional arguments that all of its functions share:
-`solver: {name: heun, churn: 0}` is `rediffuse.solvers.heun.heun` with `churn=0` bound. Nothing else
-can be reached by name, so a configuration that came with somebody's run chooses among our parts and
-is never code.
+`solver: {name: heun, churn: 0}` is `rediffuse.solvers.heun.heun` with `churn=0` bound. A part that
+learns is made by a function without positional arguments that returns a module, whose `forward`
+has them. Nothing else can be reached by name, so a configuration that came with somebody's run
+chooses among our parts and is never code.
 """
 
 import importlib
@@ -15,17 +16,17 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from rediffuse.config.schema import Config, Part
+from rediffuse.data.pixels import pixel_range
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import ConfigError
 from rediffuse.grids import Grid
+from rediffuse.losses import Objective
 from rediffuse.process import Schedule
 from rediffuse.solvers import Solver
-from rediffuse.targets import Target, check_target
 from rediffuse.words import did_you_mean
 
 
@@ -36,6 +37,7 @@ class Axis:
     place: str
     positional: tuple[str, ...]
     given: tuple[str, ...] = ()  # keyword arguments that follow from elsewhere, never from the YAML
+    offered: tuple[str, ...] = ()  # the same, for those parts that take them
 
 
 AXES = {
@@ -48,18 +50,25 @@ AXES = {
     "schedule": Axis("rediffuse.schedules", ()),
     "target": Axis("rediffuse.targets", ("at",)),
     "times": Axis("rediffuse.times", ("schedule", "u")),
-    "weighting": Axis("rediffuse.weightings", ("at", "target")),
+    "weighting": Axis("rediffuse.weightings", ("schedule", "t", "target")),
+    "objective": Axis(
+        "rediffuse.losses", ("denoiser", "weighting", "noised"), offered=("low", "high")
+    ),
+    "pairing": Axis("rediffuse.pairings", ("x_0", "noise")),
     "grid": Axis("rediffuse.grids", ("schedule", "steps")),
     "solver": Axis("rediffuse.solvers", ("denoise", "schedule", "x", "times", "noise")),
-    "guidance": Axis("rediffuse.guidance", ("conditional", "unconditional")),
+    "guidance": Axis("rediffuse.guidance", ("sides", "schedule")),
+    "threshold": Axis("rediffuse.guidance", ("denoise", "schedule"), ("low", "high")),
     "data": Axis("rediffuse.data.sources", ()),
     "optimizer": Axis("rediffuse.training.optimizers", ("groups", "learning_rate")),
     "rate": Axis("rediffuse.training.rates", ("images", "horizon_images")),
 }
 
 
-def bind(axis: str, part: Part, key: str, trusted: Sequence[str] | None = None) -> partial[Any]:
+def bind(axis: str, part: Part, key: str, trusted: Sequence[str] | None = None) -> Any:
     """Find a part and bind its arguments; `key` is what messages call it (`sampling.solver`).
+
+    A function comes back as a `partial`, a part that learns as a new module.
 
     `trusted` are the user's own packages that may be imported; None, for what the user typed
     himself, allows any.
@@ -69,7 +78,8 @@ def bind(axis: str, part: Part, key: str, trusted: Sequence[str] | None = None) 
         take.
     """
     function = _find(axis, part.name, key, trusted)
-    return partial(function, **_checked(axis, function, part.arguments, key, trusted))
+    bound = partial(function, **_checked(axis, function, part.arguments, key, trusted))
+    return bound() if _learner(function) and axis != "schedule" else bound
 
 
 def names(axis: str) -> list[str]:
@@ -88,17 +98,12 @@ def schedule(config: Config, trusted: Sequence[str] | None = None) -> Schedule:
     return built
 
 
-def network(
-    config: Config,
-    num_classes: int,
-    trusted: Sequence[str] | None = None,
-    learned_variance: bool = False,
-) -> nn.Module:
+def network(config: Config, num_classes: int, trusted: Sequence[str] | None = None) -> nn.Module:
     """The network of a run for its images; its first weights come from torch's generator."""
     image = config.data
     built: nn.Module = bind("model", config.model, "model", trusted)(
-        in_channels=image.channels,
-        out_channels=image.channels * (2 if learned_variance else 1),
+        in_channels=image.channels * (2 if config.training.self_conditioning else 1),
+        out_channels=image.channels * (2 if config.learned_variance else 1),
         image_size=image.image_size,
         num_classes=num_classes,
         null_class=num_classes > 0 and config.training.label_dropout > 0,
@@ -113,7 +118,16 @@ def denoiser(config: Config, net: nn.Module, trusted: Sequence[str] | None = Non
         schedule(config, trusted),
         bind("target", config.target, "target", trusted),
         config.sigma_data,
+        config.training.self_conditioning > 0,
     )
+
+
+def objective(config: Config, trusted: Sequence[str] | None = None) -> Objective:
+    """What a run minimises; a likelihood is told where black and white lie."""
+    part: partial[Any] = bind("objective", config.objective, "objective", trusted)
+    levels = dict(zip(("low", "high"), pixel_range(config.data.mean, config.data.std), strict=True))
+    takes = inspect.signature(part).parameters
+    return partial(part, **{name: level for name, level in levels.items() if name in takes})
 
 
 def rate(config: Config, trusted: Sequence[str] | None = None) -> Callable[[int], float]:
@@ -130,38 +144,6 @@ def solver(part: Part, trusted: Sequence[str] | None = None) -> Solver:
 def grid(part: Part, trusted: Sequence[str] | None = None) -> Grid:
     """A grid with its own arguments bound."""
     return bind("grid", part, "sampling.grid", trusted)
-
-
-def check(config: Config, trusted: Sequence[str] | None = None) -> None:
-    """Refuse, before anything is built or written, what can be known to fail.
-
-    Raises:
-        ConfigError: naming the key, what was given and what would work.
-    """
-    of = partial(bind, trusted=trusted)
-    clock = schedule(config, trusted)
-    target: Target = of("target", config.target, "target")
-    check_target(target, clock, config.target.name)
-    _check_input_scale(config, clock)
-    of("times", config.times, "times")(clock, torch.full((1,), 0.5, dtype=torch.float64))
-    for axis in ("weighting", "optimizer"):
-        of(axis, getattr(config, axis), axis)
-    rate(config, trusted)(0)
-    of("data", config.data.source, "data")
-    solver(config.sampling.solver, trusted)
-    of("guidance", config.sampling.guidance, "sampling.guidance")
-    grid(config.sampling.grid, trusted)(clock, config.sampling.steps)
-    with torch.device("meta"):
-        network(config, num_classes=2, trusted=trusted)
-
-
-def _check_input_scale(config: Config, clock: Schedule) -> None:
-    loudest = clock(torch.tensor(clock.t_max, dtype=torch.float64))
-    if config.sigma_data is None and loudest.alpha**2 + loudest.sigma**2 > 2:
-        raise ConfigError(
-            f"schedule '{config.schedule.name}' reaches σ = {loudest.sigma.item():g}, too loud for "
-            "a network; set sigma_data to the images' standard deviation (0.5 for [-1, 1])"
-        )
 
 
 def _find(axis: str, name: str, key: str, trusted: Sequence[str] | None) -> Callable[..., Any]:
@@ -191,7 +173,7 @@ def _users_own(axis: str, name: str, key: str, trusted: Sequence[str] | None) ->
     except (ImportError, AttributeError):
         raise ConfigError(missing) from None
     wanted = AXES[axis].positional
-    if not inspect.isfunction(found) or _positional(found) != wanted:
+    if not inspect.isfunction(found) or wanted not in (_positional(found), _learns_as(found)):
         raise ConfigError(
             f"{missing}; one of your own is a function of ({', '.join([*wanted, '*', '...'])})"
         )
@@ -213,7 +195,8 @@ def _parts(axis: str, module: ModuleType) -> Iterator[Callable[..., Any]]:
         is_network = inspect.isclass(part) and issubclass(part, nn.Module)
         if is_network if axis == "model" else inspect.isfunction(part):
             accepted = set(inspect.signature(part).parameters)
-            if _positional(part) == AXES[axis].positional and accepted >= set(AXES[axis].given):
+            fits = AXES[axis].positional in (_positional(part), _learns_as(part))
+            if fits and accepted >= set(AXES[axis].given):
                 yield part
 
 
@@ -223,6 +206,18 @@ def _positional(part: Callable[..., Any]) -> tuple[str, ...]:
         for name, parameter in inspect.signature(part).parameters.items()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     )
+
+
+def _learner(part: Callable[..., Any]) -> type[nn.Module] | None:
+    """The class of the module that a function without positional arguments makes, if it does."""
+    made = getattr(part, "__annotations__", {}).get("return")
+    is_module = inspect.isclass(made) and issubclass(made, nn.Module)
+    return made if is_module and not _positional(part) else None
+
+
+def _learns_as(part: Callable[..., Any]) -> tuple[str, ...] | None:
+    made = _learner(part) if inspect.isfunction(part) else None
+    return _positional(made.forward)[1:] if made else None
 
 
 def _name(place: str, module: ModuleType, part: Callable[..., Any]) -> str:
@@ -241,7 +236,8 @@ def _checked(
     own = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in AXES[axis].given
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and name not in AXES[axis].given + AXES[axis].offered
     }
     checked = {}
     for name, value in arguments.items():

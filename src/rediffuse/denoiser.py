@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rediffuse.process import Prediction, Scales, Schedule
@@ -17,8 +18,10 @@ class Denoiser:
     """Read a network's output as x_0 and ε.
 
     `sigma_data` is the standard deviation of the data: with it the network's input is scaled to
-    unit variance (Karras et al. 2022, c_in), without it x_t goes in as it is. A network with twice
-    the image's channels also answers with a variance fraction (Nichol & Dhariwal 2021, Eq. 15).
+    unit variance (Karras et al. 2022, c_in), without it x_t goes in as it is. A network that
+    answers with twice the image's channels has learned a variance fraction, too (Nichol & Dhariwal
+    2021, Eq. 15). A `self_conditioned` one is shown its last estimate of x_0 beside x_t (Chen et
+    al. 2023, Analog Bits, Sec. 3.2).
 
     Raises:
         ConfigError: if the target cannot give x_0 somewhere on the schedule.
@@ -28,26 +31,33 @@ class Denoiser:
     schedule: Schedule
     target: Target
     sigma_data: float | None = None
+    self_conditioned: bool = False
 
     def __post_init__(self) -> None:
         check_target(self.target, self.schedule)
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Prediction:
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, given: Tensor | None = None
+    ) -> Prediction:
         """Denoise x_t at t: a float64 scalar, or one time per image.
 
-        `cond` is what the network was trained to be told, such as one class index per image.
+        `cond` is what the network was trained to be told, such as one class index per image;
+        `given` is the estimate of x_0 that a self-conditioned network is shown, None for none yet.
         """
         at = self.schedule(t)
-        output, variance = self.output(x_t, t, at, cond)
+        output, variance = self.output(x_t, t, at, cond, given)
         x_0, eps = solve(output, x_t, at, *self.target(at))
         return Prediction(x_0, eps, variance)
 
     def output(
-        self, x_t: Tensor, t: Tensor, at: Scales, cond: Tensor | None
+        self, x_t: Tensor, t: Tensor, at: Scales, cond: Tensor | None, given: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the network says, in x_t's precision, and its variance fraction if it has one."""
         label = self.schedule.label(t).float().to(x_t.device).expand(len(x_t))
-        said = self.network(x_t * expand(self._input_scale(at), x_t), label, cond).to(x_t.dtype)
+        shown = x_t * expand(self._input_scale(at), x_t)
+        if self.self_conditioned:
+            shown = torch.cat((shown, torch.zeros_like(x_t) if given is None else given), dim=1)
+        said = self.network(shown, label, cond).to(x_t.dtype)
         if said.shape[1] == x_t.shape[1]:
             return said, None
         output, fraction = said.chunk(2, dim=1)

@@ -1,111 +1,41 @@
-"""Sampling jobs: image numbers in, PNG files, a grid and a manifest out."""
+"""`rediffuse sample`: image numbers in, PNG files, a grid and a manifest out."""
 
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from rediffuse import build, runs
-from rediffuse.config.compose import checked, read_yaml, typed_values
-from rediffuse.config.schema import Config, Part, Sampling
-from rediffuse.data.pixels import to_uint8
-from rediffuse.denoiser import Denoise, Denoiser
-from rediffuse.errors import CheckpointError, ConfigError
-from rediffuse.guidance.clipping import clipping
-from rediffuse.process import Prediction
-from rediffuse.randomness import ImageNoise
-from rediffuse.runs import Run
-from rediffuse.sampling import trajectory
-from rediffuse.training import checkpoint
-from rediffuse.training.devices import PRECISIONS, choose, set_determinism
-from rediffuse.words import did_you_mean
-
-Pixels = UInt8[np.ndarray, "count channels height width"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network that can be sampled: what it was trained as, and the classes it knows, if any."""
-
-    config: Config
-    network: nn.Module
-    class_names: tuple[str, ...]
-    device: torch.device
-    precision: torch.dtype = torch.float32
-    trusted: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """Which images to draw: their numbers, a class each (or None at all), and how many at once."""
-
-    images: tuple[int, ...]
-    classes: tuple[int, ...] | None = None
-    seed: int = 0
-    batch_size: int = 64
-
-
-def classes_for(
-    images: Sequence[int], class_names: Sequence[str], wanted: str | None = None
-) -> tuple[int, ...] | None:
-    """One class per image: the wanted one, or image j's turn, j modulo the number of classes.
-
-    Raises:
-        ConfigError: for a class that the model does not know.
-    """
-    if not class_names:
-        if wanted is not None:
-            raise ConfigError(f"class {wanted!r}: this model was trained without classes")
-        return None
-    if wanted is None:
-        return tuple(j % len(class_names) for j in images)
-    if wanted not in class_names:
-        raise ConfigError(
-            f"class {wanted!r}: there is none{did_you_mean(wanted, class_names)}; there are "
-            f"{', '.join(class_names)}"
-        )
-    return (class_names.index(wanted),) * len(images)
-
-
-def states(model: Model, how: Sampling, job: Job) -> Iterator[Tensor]:
-    """Yield every state of one batch of images, from noise to data, in the model's range."""
-    data = model.config.data
-    denoiser = build.denoiser(model.config, model.network.eval(), model.trusted)
-    times = build.grid(how.grid, model.trusted)(denoiser.schedule, how.steps)
-    like = torch.empty(
-        len(job.images), data.channels, data.image_size, data.image_size, device=model.device
-    )
-    return trajectory(
-        _guided(model, denoiser, how, job),
-        denoiser.schedule,
-        build.solver(how.solver, model.trusted),
-        times,
-        ImageNoise(job.seed, torch.tensor(job.images)),
-        like,
-    )
-
-
-def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...], Pixels]]:
-    """Yield the finished images batch by batch, with their numbers."""
-    data = model.config.data
-    for batch in _batches(job):
-        *_, x = states(model, how, _padded(batch))
-        pixels = to_uint8(x[: len(batch.images)], data.mean, data.std)
-        yield batch.images, pixels.cpu().numpy()
+from rediffuse.config.compose import typed_values
+from rediffuse.config.schema import Data, Part, Sampling
+from rediffuse.data.decoding import SUFFIXES, read, to_square
+from rediffuse.data.pixels import to_model, to_uint8
+from rediffuse.drawing import (
+    Job,
+    Way,
+    between_images,
+    between_seeds,
+    classes_for,
+    classes_of_given,
+    draw,
+    painted,
+    rebuilt,
+    states,
+    varied,
+)
+from rediffuse.errors import ConfigError, DataError
+from rediffuse.legality import check_sampling
+from rediffuse.models import Model, find, load
+from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
 
 
 @dataclass(frozen=True)
@@ -117,11 +47,19 @@ class Options:
     seeds: str | None = None
     seed: int = 0
     class_name: str | None = None
-    guidance: float | None = None
+    guidance: str | float | None = None
+    guide_by: str | None = None
     solver: str | None = None
     grid: str | None = None
+    threshold: str | None = None
     steps: int | None = None
-    clip: bool | None = None
+    inputs: Path | None = None
+    strength: float | None = None
+    mask: Path | None = None
+    resamplings: int = 1
+    jump: int = 1
+    reconstruct: bool = False
+    interpolate: str | None = None
     weights: str = "average"
     checkpoint: str = "latest"
     batch_size: int = 64
@@ -137,77 +75,93 @@ def sample(word: str, options: Options) -> int:
     Raises:
         RediffuseError: if the run, its checkpoint or what is asked for cannot be used.
     """
-    run = runs.find_run(runs.runs_root(options.root), word)
-    model, step, weights = load(run, options)
+    run = find(word, options.root)
+    model = load(
+        run.directory,
+        weights=options.weights,
+        which=options.checkpoint,
+        device=options.device,
+        trusted=options.trust,
+    )
     how = wanted(model.config.sampling, options)
-    images = image_numbers(options.seeds, options.count)
-    classes = classes_for(images, model.class_names, options.class_name)
-    job = Job(images, classes, options.seed, options.batch_size)
-    folder = options.output_dir or run.samples / _job_name(step, how, job)
+    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
+    job = wanted_job(model, options)
+    assert model.origin
+    name = f"{model.origin['checkpoint']}-{_job_name(how, job, options)}"
+    folder = options.output_dir or run.samples / name
     drawn = []
-    with tqdm(total=len(images), unit="img", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(job.images), unit="img", disable=not sys.stderr.isatty()) as bar:
         for numbers, pixels in draw(model, how, job):
             for j, image in zip(numbers, pixels, strict=True):
                 save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
             drawn.append(pixels)
             bar.update(len(numbers))
-    columns = columns_for(len(images), model.class_names if options.class_name is None else ())
-    picture = save_png(grid(np.concatenate(drawn), columns), folder / "grid.png")
-    facts = {
-        "run": run.id,
-        "checkpoint": step,
-        "weights": weights,
+    pixels = np.concatenate(drawn)
+    by_class = model.class_names if job.way is None and options.class_name is None else ()
+    picture = save_png(grid(pixels, columns_for(len(pixels), by_class)), folder / "grid.png")
+    facts: dict[str, Any] = {
+        **model.origin,
         "seed": job.seed,
         "images": [
             {"image": j, "file": f"{j:06d}.png", "class": _class_name(model, job, k)}
-            for k, j in enumerate(images)
+            for k, j in enumerate(job.images)
         ],
         "sampling": how.model_dump(),
+        "edit": _edit(options),
         "device": str(model.device),
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
-    save_manifest(folder, facts)
+    if options.reconstruct:
+        assert options.inputs
+        inputs = _inputs(model.config.data, options.inputs)
+        given = to_uint8(inputs[torch.tensor(job.images) % len(inputs)], *_levels(model))
+        facts["psnr_db"] = psnr(given.numpy(), pixels)
+    _save_manifest(folder, facts)
     if options.film:
-        save_film(model, how, job, folder / "film.gif")
-    print(f"{len(images)} images from {weights} weights at {step}: {folder}")
+        few = replace(job, images=job.images[:16], classes=job.classes and job.classes[:16])
+        frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in states(model, how, few))
+        save_film(map(grid, frames), folder / "film.gif")
+    weights, step = model.origin["weights"], model.origin["checkpoint"]
+    print(f"{len(pixels)} images from {weights} weights at {step}: {folder}")
     print(f"  grid  {picture}")
+    if options.reconstruct:
+        print(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
     return 0
-
-
-def load(run: Run, options: Options) -> tuple[Model, str, str]:
-    """Build a run's network from its own configuration, with the weights asked for.
-
-    Raises:
-        RediffuseError: if there is no such checkpoint, or it does not verify.
-    """
-    config = checked(read_yaml(run.config))
-    device = choose(options.device).device
-    set_determinism(config.determinism, device, config.threads if device.type == "cpu" else None)
-    names = tuple(json.loads(run.environment.read_text())["data"]["class_names"])
-    network = build.network(config, len(names), options.trust)
-    chosen = _checkpoint(run, options.checkpoint)
-    which = options.weights if config.average.half_life_images else "raw"
-    checkpoint.load_weights(network, chosen, which)
-    precision = PRECISIONS[config.training.precision]
-    model = Model(config, network.to(device), names, device, precision, options.trust)
-    return model, chosen.name, which
 
 
 def wanted(how: Sampling, options: Options) -> Sampling:
     """The run's way of sampling with what was asked for in its place."""
     changes: dict[str, Any] = {}
-    for axis in ("solver", "grid"):
+    for axis in ("solver", "grid", "threshold"):
         if words := (getattr(options, axis) or "").split():
-            arguments = dict(typed_values(words[1:]))
-            changes[axis] = Part(name=words[0], **arguments)
+            changes[axis] = Part(name=words[0], **dict(typed_values(words[1:])))
     if options.guidance is not None:
-        changes["guidance"] = Part.model_validate(
-            {"name": how.guidance.name, "scale": options.guidance}
-        )
-    for name in ("steps", "clip"):
-        if getattr(options, name) is not None:
-            changes[name] = getattr(options, name)
+        changes["guidance"] = _guidance(str(options.guidance), how.guidance)
+    if options.steps is not None:
+        changes["steps"] = options.steps
     return how.model_copy(update=changes)
+
+
+def wanted_job(model: Model, options: Options) -> Job:
+    """Which images, of which classes, and how they are made if not from noise alone.
+
+    Raises:
+        ConfigError: for options that do not go together.
+    """
+    _check_options(options)
+    images, way, plain = image_numbers(options.seeds, options.count), None, False
+    if options.interpolate:
+        images = tuple(range(options.count or 8))
+        way, classes, plain = _between(model, images, options)
+    elif options.inputs:
+        inputs = _inputs(model.config.data, options.inputs)
+        images = images if options.seeds or options.count else tuple(range(len(inputs)))
+        way, plain = _way(model.config.data, inputs, options), options.reconstruct
+        classes = classes_of_given(model, images, options.class_name)
+    else:
+        classes = classes_for(images, model.class_names, options.class_name)
+    weaker = _weaker(model, options) if options.guide_by else None
+    return Job(images, classes, options.seed, options.batch_size, way, weaker, plain)
 
 
 def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
@@ -236,136 +190,156 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
 _MOST_IMAGES = 10_000_000
 
 
-def save_film(model: Model, how: Sampling, job: Job, file: Path, most: int = 16) -> None:
-    """Write the way from noise to data of the first few images as a GIF."""
-    classes = job.classes[:most] if job.classes is not None else None
-    few = Job(job.images[:most], classes, job.seed, most)
-    data = model.config.data
-    frames = [grid(to_uint8(x, data.mean, data.std).cpu().numpy()) for x in states(model, how, few)]
-    first, *rest = (Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames)
-    first.save(file, save_all=True, append_images=rest, duration=80, loop=0)
+def psnr(given: Pixels, drawn: Pixels) -> list[float]:
+    """Peak signal-to-noise ratio of each image in dB; equal images have 120, not infinity."""
+    error = np.square(given.astype(np.float64) - drawn).mean(axis=(1, 2, 3))
+    return [float(value) for value in 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-12))]
 
 
-def grid(
-    images: Pixels, columns: int | None = None, gap: int = 2, least: int = 28
-) -> UInt8[np.ndarray, "h w c"]:
-    """Lay images out in rows, left to right, on white; tiny ones are enlarged to `least` pixels."""
-    zoom = max(1, -(-least // images.shape[-1]))
-    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
-    count, channels, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    canvas = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
+def _guidance(asked: str, has: Part) -> Part:
+    """`3` for the run's own guidance at scale 3, or `projected scale=3 parallel=0`."""
+    name, *words = asked.split()
+    try:
+        scale = float(name)
+    except ValueError:
+        return Part(name=name, **dict(typed_values(words)))
+    if not math.isfinite(scale):
+        raise ConfigError(f"--guidance {asked}: expected a finite number")
+    return Part.model_validate({**has.model_dump(), **dict(typed_values(words)), "scale": scale})
+
+
+def _check_options(options: Options) -> None:
+    given = {
+        "--mask": options.mask is not None,
+        "--strength": options.strength is not None,
+        "--reconstruct": options.reconstruct,
+        "--interpolate": options.interpolate is not None,
+    }
+    ways = [name for name, asked in given.items() if asked]
+    if len(ways) > 1:
+        raise ConfigError(f"{' and '.join(ways)} do not go together; use one of them")
+    if ways and ways != ["--interpolate"] and not options.inputs:
+        raise ConfigError(f"{ways[0]} needs --input, an image or a folder of images")
+    if options.inputs and options.interpolate:
+        raise ConfigError("--interpolate names its own images; leave --input away")
+    if options.strength is not None and not 0 <= options.strength <= 1:
+        raise ConfigError(f"--strength {options.strength:g}: expected 0 (as given) to 1 (new)")
+
+
+def _way(data: Data, inputs: Tensor, options: Options) -> Way:
+    if options.mask:
+        anew = _squares(data, [options.mask], channels=1) >= 128  # white is painted
+        return painted(inputs, (~anew).float(), options.resamplings, options.jump)
+    if options.reconstruct:
+        return rebuilt(inputs)
+    return varied(inputs, _STRENGTH if options.strength is None else options.strength)
+
+
+_STRENGTH = 0.6
+
+
+def _between(
+    model: Model, images: tuple[int, ...], options: Options
+) -> tuple[Way, tuple[int, ...] | None, bool]:
+    """How to go from one image to another, with which class, and whether x_0 stays as it is."""
+    ends = [end.strip() for end in (options.interpolate or "").split(",")]
+    if len(ends) != 2:
+        raise ConfigError(
+            f"--interpolate {options.interpolate}: expected two numbers, as 3,17, or two files"
+        )
+    if not all(end.isdecimal() for end in ends):
+        data = model.config.data
+        first, last = (_inputs(data, Path(end)) for end in ends)
+        way = between_images(first[:1], last[:1], len(images))
+        return way, classes_of_given(model, images, options.class_name), True
+    first_number, last_number = map(int, ends)
+    pair = classes_for((first_number, last_number), model.class_names, options.class_name)
+    if pair and pair[0] != pair[1]:
+        raise ConfigError(
+            f"--interpolate {options.interpolate}: these images are of the classes "
+            f"{' and '.join(model.class_names[c] for c in pair)}; add --class for one"
+        )
+    way = between_seeds(first_number, last_number, len(images), options.seed)
+    return way, pair and pair[:1] * len(images), False
+
+
+def _weaker(model: Model, options: Options) -> Model:
+    """The model that guides by being worse: a checkpoint of this run, or of another one."""
+    assert model.origin
+    assert options.guide_by
+    run, _, which = options.guide_by.rpartition(":")
+    weaker = load(
+        find(run or model.origin["run"], options.root).directory,
+        which=which,
+        weights=options.weights,
+        device=options.device,
+        trusted=options.trust,
     )
-    for k, image in enumerate(images):
-        y, x = k // columns * (height + gap), k % columns * (width + gap)
-        canvas[y : y + height, x : x + width] = image.transpose(1, 2, 0)
-    return canvas
+    for what in ("schedule", "class_names"):
+        mine, theirs = (
+            getattr(m if what == "class_names" else m.config, what) for m in (model, weaker)
+        )
+        if mine != theirs:
+            raise ConfigError(f"--guide-by {options.guide_by}: its {what} is not this model's")
+    return weaker
 
 
-def columns_for(count: int, class_names: Sequence[str]) -> int:
-    """One column per class where that makes a picture, else a square."""
-    classes = len(class_names)
-    return classes if 1 < classes <= 20 and count >= classes else math.ceil(math.sqrt(count))
+def _inputs(data: Data, path: Path) -> Tensor:
+    """The given images in the model's range: one file, or all of a folder in alphabetical order."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"{path}: there is no PNG, JPEG or WebP image in this folder")
+    return to_model(_squares(data, files), data.mean, data.std)
 
 
-def save_png(pixels: UInt8[np.ndarray, "h w c"], file: Path) -> Path:
-    """Write a PNG, complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(building, "PNG")
-    building.replace(file)
-    return file
+def _squares(data: Data, files: list[Path], channels: int | None = None) -> Tensor:
+    squares = []
+    for file in files:
+        try:
+            squares.append(
+                to_square(read(file), data.image_size, channels or data.channels, data.fit)
+            )
+        except DataError as refused:
+            raise DataError(f"{file}: {refused}") from None
+    return torch.from_numpy(np.stack(squares))
 
 
-def save_manifest(folder: Path, facts: dict[str, Any]) -> None:
+def _levels(model: Model) -> tuple[float | list[float], float | list[float]]:
+    return model.config.data.mean, model.config.data.std
+
+
+def _edit(options: Options) -> dict[str, Any]:
+    """What was asked for beside plain sampling."""
+    asked = {
+        "input": options.inputs and str(options.inputs),
+        "strength": options.strength,
+        "mask": options.mask and str(options.mask),
+        "resamplings": options.resamplings if options.mask else None,
+        "jump": options.jump if options.mask else None,
+        "reconstruct": options.reconstruct or None,
+        "interpolate": options.interpolate,
+        "guide_by": options.guide_by,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _job_name(how: Sampling, job: Job, options: Options) -> str:
+    asked = json.dumps([how.model_dump(mode="json"), job.images, job.classes, job.seed])
+    edit = json.dumps(_edit(options)) if _edit(options) else ""
+    digest = hashlib.sha256(f"{asked}{edit}".encode()).hexdigest()[:8]
+    return f"{how.solver.name}-{how.steps}-{digest}"
+
+
+def _class_name(model: Model, job: Job, k: int) -> str | None:
+    if job.classes is None or job.classes[k] == len(model.class_names):
+        return None
+    return model.class_names[job.classes[k]]
+
+
+def _save_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Write what was done beside what came of it."""
     building = folder / f".manifest.{os.getpid()}"
     building.write_text(json.dumps(facts, indent=1))
     building.replace(folder / "manifest.json")
-
-
-def _batches(job: Job) -> Iterator[Job]:
-    for start in range(0, len(job.images), job.batch_size):
-        part = slice(start, start + job.batch_size)
-        classes = job.classes[part] if job.classes is not None else None
-        yield Job(job.images[part], classes, job.seed, job.batch_size)
-
-
-def _padded(job: Job, to: int = 8) -> Job:
-    """Repeat the last image until the batch is a multiple of 8.
-
-    Kernels add up in another order for other batch sizes; for multiples of 8 a CPU's agree to the
-    last bit, so an image does not depend on its neighbours. They are also several times faster than
-    for 7.
-    """
-    more = -len(job.images) % to
-    classes = job.classes and job.classes + job.classes[-1:] * more
-    return replace(job, images=job.images + job.images[-1:] * more, classes=classes)
-
-
-def _guided(model: Model, denoiser: Denoiser, how: Sampling, job: Job) -> Denoise:
-    told = _in_precision(model, denoiser)
-    denoise: Denoise = told
-    scale = how.guidance.arguments.get("scale", 1)
-    if job.classes is not None:
-        if scale != 1 and model.config.training.label_dropout == 0:
-            raise ConfigError(
-                "guidance needs a model that was also trained without its labels; this one had "
-                "training.label_dropout=0, so only --guidance 1 works"
-            )
-        cond = torch.tensor(job.classes, device=model.device)
-        null = torch.full_like(cond, len(model.class_names))
-        denoise = build.bind("guidance", how.guidance, "sampling.guidance", model.trusted)(
-            partial(told, cond=cond), partial(told, cond=null)
-        )
-    elif scale != 1:
-        raise ConfigError("this model was trained without classes, so there is nothing to guide by")
-    if how.clip:
-        low, high = pixel_range(model.config.data.mean, model.config.data.std)
-        denoise = clipping(denoise, denoiser.schedule, low=low, high=high)
-    return denoise
-
-
-def _in_precision(model: Model, denoiser: Denoiser) -> Callable[..., Prediction]:
-    """Let the network compute as it was trained; what the solver sees stays in float32."""
-    if model.precision is torch.float32:
-        return denoiser
-
-    def denoise(x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Prediction:
-        with torch.autocast(model.device.type, model.precision):
-            return denoiser(x_t, t, cond)
-
-    return denoise
-
-
-def pixel_range(mean: float | list[float], std: float | list[float]) -> tuple[Tensor, Tensor]:
-    """Where black and white lie in the model's range, per channel."""
-    m, s = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (mean, std))
-    return (0 - m) / s, (1 - m) / s
-
-
-def _checkpoint(run: Run, which: str) -> Path:
-    """Latest, best, or the step of that number."""
-    if which == "latest":
-        found = checkpoint.newest(run.checkpoints, print)
-    elif which == "best":
-        found = checkpoint.best(run.checkpoints)
-    else:
-        found = run.checkpoints / f"step-{int(which):08d}" if which.isdigit() else None
-    there = checkpoint.checkpoints(run.checkpoints)
-    if found not in there or found is None:
-        names = ", ".join(c.name for c in there) or "none yet"
-        raise CheckpointError(f"run {run.id} has no checkpoint '{which}'; it has {names}")
-    return found
-
-
-def _job_name(step: str, how: Sampling, job: Job) -> str:
-    asked = json.dumps([how.model_dump(mode="json"), job.images, job.classes, job.seed])
-    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
-    return f"{step}-{how.solver.name}-{how.steps}-{digest}"
-
-
-def _class_name(model: Model, job: Job, k: int) -> str | None:
-    return model.class_names[job.classes[k]] if job.classes is not None else None

@@ -12,10 +12,34 @@ from rediffuse.process import Schedule
 Grid = Callable[[Schedule, int], Tensor]
 Stops = Float64[Tensor, " stops"]
 
+_ALIGNED = 14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029
+
 
 def trailing(schedule: Schedule, steps: int) -> Stops:
     """Even steps of the clock that end on data (Lin et al. 2023, Table 2, "trailing")."""
     return _settled(schedule, torch.linspace(schedule.t_max, 0, steps + 1, dtype=torch.float64))
+
+
+def uniform(schedule: Schedule, steps: int) -> Stops:
+    """Even steps of the clock down to t_min, then data: how Song et al. 2021b sample their SDEs."""
+    if schedule.t_min <= 0:
+        raise ConfigError(
+            "grid 'uniform' stops at t_min before it goes to data, and here t_min = 0 is data "
+            "itself; use grid=trailing, which is even down to t = 0"
+        )
+    ends = schedule.t_max, schedule.t_min
+    return _settled(schedule, _then_data(torch.linspace(*ends, steps, dtype=torch.float64)))
+
+
+def quadratic(schedule: Schedule, steps: int) -> Stops:
+    """t = t_max·(i/steps)² for i = steps .. 0 (Song et al. 2021a, DDIM, App. D.2, "quadratic").
+
+    Where that would pass t_min, √t goes in even steps down to t_min instead, and then to data.
+    """
+    first, last = schedule.t_max, max(schedule.t_min, schedule.t_max / steps**2)
+    times = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+    times[0], times[-1] = first, last  # to the last digit
+    return _settled(schedule, _then_data(times))
 
 
 def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> Stops:
@@ -27,18 +51,46 @@ def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> Stops:
 
 
 def log_snr(schedule: Schedule, steps: int) -> Stops:
-    """ln(α/σ) in even steps, then data (Lu et al. 2022, Sec. 3.3)."""
+    """ln(α/σ) in even steps, then data (Lu et al. 2022, Sec. 3.3).
+
+    Even in ln(σ/α) is the same: what is called "exponential" where σ is the clock.
+    """
     first, last = _ends(schedule, "log_snr").tolist()
     return _at_half_log_snr(schedule, torch.linspace(first, last, steps, dtype=torch.float64))
 
 
+def stops(schedule: Schedule, steps: int, *, ratios: tuple[float, ...] = _ALIGNED) -> Stops:
+    """Stops at these σ/α, the last of them taken for data (Sabour et al. 2024, Align Your Steps).
+
+    The first is moved to t_max; for another number of steps ln(σ/α) is interpolated linearly. The
+    default is what the authors found for Stable Diffusion, whose schedule is `scaled_linear`.
+    """
+    asked = torch.tensor(ratios, dtype=torch.float64)
+    noisiest = schedule(torch.tensor(schedule.t_max, dtype=torch.float64)).half_log_snr.neg().exp()
+    lawful = len(asked) > 1 and asked.diff().lt(0).all() and asked.gt(0).all()
+    if not lawful or asked[1] >= noisiest:
+        raise ConfigError(
+            f"grid 'stops' needs two or more falling ratios σ/α above 0, from the second on below "
+            f"{noisiest.item():g}, where this schedule ends, not {list(ratios)}"
+        )
+    if noisiest.isfinite():
+        asked[0] = noisiest.detach()
+    place = torch.linspace(0, len(asked) - 1, steps + 1, dtype=torch.float64)[:-1]
+    after = place.floor().long() + 1
+    part = place + 1 - after
+    times = schedule.time(-torch.lerp(asked.log()[after - 1], asked.log()[after], part))
+    times[0] = schedule.t_max
+    return _settled(schedule, _then_data(times.clamp(schedule.t_min, schedule.t_max)))
+
+
 def _ends(schedule: Schedule, name: str) -> Tensor:
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    half_log_snr = schedule(ends).half_log_snr
-    if half_log_snr.isinf().any():
+    half_log_snr = schedule(ends).half_log_snr.detach()
+    if (without := half_log_snr.isinf()).any():
+        what = "α = 0" if without[0] else "σ = 0"
         raise ConfigError(
-            f"grid '{name}' walks in log-SNR, which is infinite at t = {schedule.t_max:g} of this "
-            "schedule (α = 0); use grid=trailing"
+            f"grid '{name}' walks in log-SNR, which is infinite at t = {ends[without][0]:g} of "
+            f"this schedule ({what}); use grid=trailing"
         )
     return half_log_snr
 
@@ -61,6 +113,11 @@ def _settled(schedule: Schedule, times: Tensor) -> Tensor:
     known = schedule.snap(asked)
     if known.diff().lt(0).all():
         return _then_data(known)
+    if not known.equal(known.round()):
+        raise ConfigError(
+            f"{steps} sampling steps of this grid do not all lie between t = {schedule.t_max:g} "
+            f"and {schedule.t_min:g}, where the schedule was trained; use fewer, or grid=uniform"
+        )
     if steps > schedule.t_max:
         raise ConfigError(f"{steps} sampling steps on a schedule of {schedule.t_max:g}; use fewer")
     # Whole steps that fell on one another: push up from data, then down from the noise, one apart.

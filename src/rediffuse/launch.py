@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rediffuse import build, runs
 from rediffuse.config.compose import (
@@ -22,6 +23,7 @@ from rediffuse.config.schema import Config
 from rediffuse.data.batches import Batches
 from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
+from rediffuse.legality import check
 from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
 from rediffuse.runs import Run
 from rediffuse.session import (
@@ -51,7 +53,7 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     Raises:
         RediffuseError: before anything is written, if the configuration or the images cannot work.
     """
-    build.check(config)
+    check(config)
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
@@ -91,7 +93,7 @@ def resume(
     set_values(tree, typed)
     config = checked(tree)
     drift = changes(old, config)
-    build.check(config, trusted)
+    check(config, trusted)
     devices = choose(config.device)
     set_determinism(
         config.determinism, devices.device, config.threads, compiled=config.training.compile
@@ -137,21 +139,29 @@ def _fresh(
     training, classes = config.training, len(images.class_names)
     with torch_seeded(config.seed, Stream.INITIALISATION):
         network = build.network(config, classes, trusted)
+        denoiser = build.denoiser(config, network, trusted)
+        weighting = build.bind("weighting", config.weighting, "weighting", trusted)
+        times = build.bind("times", config.times, "times", trusted)
     network = network.to(devices.device)
+    parts = {"schedule": denoiser.schedule, "weighting": weighting, "times": times}
+    learned = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
     optimizer = build.bind("optimizer", config.optimizer, "optimizer", trusted)
     state = TrainState(
         network,
-        optimizer(parameter_groups(network), training.learning_rate),
+        optimizer(parameter_groups(network, learned), training.learning_rate),
         _average(config, network),
         torch.amp.GradScaler(devices.device.type) if training.precision == "fp16" else None,
+        learned,
     )
     if training.compile:
         network.compile()
     rate = build.rate(config, trusted)
     recipe = Recipe(
-        denoiser=build.denoiser(config, network, trusted),
-        weighting=build.bind("weighting", config.weighting, "weighting", trusted),
-        times=build.bind("times", config.times, "times", trusted),
+        denoiser=denoiser,
+        objective=build.objective(config, trusted),
+        weighting=weighting,
+        times=times,
+        pairing=build.bind("pairing", config.pairing, "pairing", trusted),
         seed=config.seed,
         batch_size=training.batch_size,
         learning_rate=lambda images: training.learning_rate * rate(images),
@@ -159,13 +169,17 @@ def _fresh(
         clip_norm=training.clip_norm,
         label_dropout=training.label_dropout,
         null_class=classes or None,
+        self_conditioning=training.self_conditioning,
+        offset_noise=training.offset_noise,
+        input_perturbation=training.input_perturbation,
+        time_strata=training.time_strata,
         precision=PRECISIONS[training.precision],
         non_finite_limit=training.non_finite_limit,
     )
     return state, recipe
 
 
-def _average(config: Config, network: torch.nn.Module) -> Average | None:
+def _average(config: Config, network: nn.Module) -> Average | None:
     half_life = config.average.half_life_images
     if half_life is None:
         return None

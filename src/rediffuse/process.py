@@ -8,6 +8,7 @@ at the point of use.
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
@@ -73,6 +74,12 @@ class Gaussian(NamedTuple):
     log_var: Tensor
 
 
+def goes_in_steps(schedule: Schedule) -> bool:
+    """Whether the clock is a chain's, 1 .. T: whether `snap` gives whole steps."""
+    last = torch.tensor(schedule.t_max, dtype=torch.float64)
+    return bool(schedule.snap(last - 0.25) == last)
+
+
 def diffuse(schedule: Schedule, x_0: Images, eps: Images, t: Time) -> Images:
     """q(x_t | x_0): x_t = α_t·x_0 + σ_t·ε (Ho et al. 2020, Eq. 4)."""
     at = schedule(t)
@@ -107,3 +114,16 @@ def travel(predicted: Prediction, x_t: Images, now: Scales, then: Scales) -> Ima
     """
     d_alpha, d_sigma = then.alpha - now.alpha, then.sigma - now.sigma
     return x_t + expand(d_alpha, x_t) * predicted.x_0 + expand(d_sigma, x_t) * predicted.eps
+
+
+def between(schedule: Schedule, t: Time, s: Time, part: float = 0.5) -> Tensor | None:
+    """Find a time that the network knows where ln(α/σ) is `part` of the way from t to s.
+
+    A chain gives its nearest step, or s itself where none lies strictly between. None where that
+    logarithm is infinite or s lies below t_min: there is nothing to ask a network there.
+    """
+    start, end = schedule(t).half_log_snr, schedule(s).half_log_snr
+    if s < schedule.t_min or not (end - start).isfinite():
+        return None
+    middle = schedule.snap(schedule.time(start + part * (end - start)))
+    return middle if s < middle < t else s

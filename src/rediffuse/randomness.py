@@ -34,6 +34,9 @@ class Stream(IntEnum):
     EVALUATION = 7
     INITIALISATION = 8
     SPLIT = 9
+    NOISE_EXTRAS = 10
+    SELF_CONDITIONING = 11
+    LIKELIHOOD = 12
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:

@@ -4,14 +4,17 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from rediffuse import gallery
+from rediffuse import drawing
 from rediffuse.config.schema import Config
 from rediffuse.data.batches import Batch, fixed
 from rediffuse.images import Images
+from rediffuse.models import Model
+from rediffuse.pictures import columns_for, grid
 from rediffuse.runs import Run, Status
 from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.console import Console
@@ -89,14 +92,15 @@ class Session:
             return
         count, names = self.config.training.preview_count, self.images.class_names
         numbers = tuple(range(count))
-        model = gallery.Model(
-            self.config, state.sampler, names, self.recipe.devices.device, self.recipe.precision
+        denoiser = replace(self.recipe.denoiser, network=state.sampler)
+        model = Model(
+            self.config, denoiser, names, self.recipe.devices.device, self.recipe.precision
         )
-        job = gallery.Job(numbers, gallery.classes_for(numbers, names), batch_size=count)
+        job = drawing.Job(numbers, drawing.classes_for(numbers, names), batch_size=count)
         pixels = np.concatenate(
-            [drawn for _, drawn in gallery.draw(model, self.config.sampling, job)]
+            [drawn for _, drawn in drawing.draw(model, self.config.sampling, job)]
         )
-        picture = gallery.grid(pixels, gallery.columns_for(count, names))
+        picture = grid(pixels, columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
         self._last_preview = state.images_seen
 

@@ -23,12 +23,41 @@ from rediffuse.cli import options
 )
 @click.option("--class", "class_name", help="All of one class; else they take turns.")
 @click.option(
-    "--guidance", type=float, help="0 unconditional, 1 conditional, above 1 guided (w + 1)."
+    "--guidance",
+    help="0 unconditional, 1 conditional, above 1 guided (w + 1); or 'projected scale=3'.",
 )
-@click.option("--solver", help="ancestral, ddim, dpmpp_2m, euler, heun; or 'heun churn=40'.")
-@click.option("--grid", help="Where it stops: trailing, karras, log_snr.")
+@click.option(
+    "--guide-by",
+    "--guide_by",
+    metavar="[RUN:]CHECKPOINT",
+    help="Guide away from a weaker model: an earlier checkpoint, or another run's.",
+)
+@click.option("--solver", help="unipc, dpmpp_2m, heun, ancestral ...; or 'heun churn=40'.")
+@click.option("--grid", help="Where it stops: trailing, karras, log_snr ...")
+@click.option("--threshold", help="Hold x_0 in range: clipping, dynamic_thresholding, none.")
 @click.option("--steps", type=click.IntRange(1), help="How many stops.")
-@click.option("--clip/--no-clip", default=None, help="Hold x_0 in the range of pixels.")
+@click.option(
+    "--input",
+    "inputs",
+    type=click.Path(path_type=Path),
+    help="Start from an image, or from each of a folder's.",
+)
+@click.option("--strength", type=float, help="How much of it to make new, 0 to 1 [default: 0.6].")
+@click.option("--mask", type=click.Path(path_type=Path), help="Paint only where this is white.")
+@click.option(
+    "--resamplings",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="RePaint: how often.",
+)
+@click.option(
+    "--jump", type=click.IntRange(1), default=1, show_default=True, help="RePaint: stops at a time."
+)
+@click.option("--reconstruct", is_flag=True, help="Walk --input to noise and back.")
+@click.option(
+    "--interpolate", metavar="A,B", help="Go from one image to another: numbers, or two files."
+)
 @click.option(
     "--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True
 )
@@ -55,6 +84,8 @@ def sample(run_id: str | None, option: str | None, **how: object) -> int:
     rediffuse sample 3f2a91
     rediffuse sample 3f2a91 --n 16 --class cat --guidance 3
     rediffuse sample 3f2a91 --seeds 0-63 --solver heun --steps 18
+    rediffuse sample 3f2a91 --input cat.png --mask hole.png --resamplings 10
+    rediffuse sample 3f2a91 --interpolate 3,13 --n 9 --film
     """
     from rediffuse import gallery
 

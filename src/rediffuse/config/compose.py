@@ -274,7 +274,7 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
                 f"{group}={choice}: there is no such {group}{did_you_mean(choice, groups[group])}; "
                 f"there are {', '.join(groups[group])}"
             )
-    place = {axis: f"{axis}@sampling.{axis}" for axis in ("solver", "grid", "guidance")}
+    place = {axis: f"{axis}@sampling.{axis}" for axis in _OF_SAMPLING}
     theirs = Path.cwd() / "configs"
     places = [f"file://{home}" for home in (theirs, _OURS) if home.is_dir()]
     words = [f"{place.get(group, group)}={choice}" for group, choice in choices.items()]
@@ -284,11 +284,31 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
         # The root file is ours and lies where no file of the user's can shadow it by accident.
         with initialize_config_dir(str(_OURS / "root"), version_base="1.3"):
             composed = hydra_compose(_HYDRA_ROOT, [*words, f"hydra.searchpath={places}"])
-            return dict(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+            tree = dict(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as refused:
         raise ConfigError(" ".join(str(refused).split())) from None
     finally:
         GlobalHydra.instance().clear()
+    for group in choices:
+        if group != "data":
+            _drop_foreign_keys(tree, group, choices[group])
+    return tree
+
+
+def _drop_foreign_keys(tree: Tree, group: str, choice: str) -> None:
+    """Forget what a preset says to another part than the one that was chosen.
+
+    The file of a part lists all of its arguments.
+    """
+    section = (tree["sampling"] if group in _OF_SAMPLING else tree).get(group)
+    home = next(
+        h for h in (Path.cwd() / "configs", _OURS) if (h / group / f"{choice}.yaml").exists()
+    )
+    own = read_yaml(home / group / f"{choice}.yaml")
+    own = own.get(group, own)
+    if isinstance(section, dict) and "name" in own:
+        for key in set(section) - set(own):
+            del section[key]
 
 
 def _merge(tree: Tree, more: Mapping[str, Any]) -> None:
@@ -303,6 +323,9 @@ def _merge(tree: Tree, more: Mapping[str, Any]) -> None:
                 _merge(mine, value)
         else:
             tree[key] = value
+
+
+_OF_SAMPLING = ("solver", "grid", "guidance", "threshold")
 
 
 def _full_key(tree: Tree, key: str) -> str:

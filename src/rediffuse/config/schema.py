@@ -65,6 +65,10 @@ class Training(Section):
     learning_rate: PositiveFloat = 2e-4
     clip_norm: PositiveFloat | None = 1.0
     label_dropout: Probability = 0.1
+    self_conditioning: Probability = 0.0
+    offset_noise: NonNegativeFloat = 0.0
+    input_perturbation: NonNegativeFloat = 0.0
+    time_strata: PositiveInt = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     log_every_images: PositiveInt | None = None
@@ -112,7 +116,7 @@ class Sampling(Section):
     grid: Part
     steps: PositiveInt = 20
     guidance: Part
-    clip: bool = True
+    threshold: Part
 
 
 class Tracking(Section):
@@ -131,11 +135,14 @@ class Config(Section):
     determinism: Literal["auto", "exact", "fast"] = "auto"
     threads: PositiveInt | None = None
     sigma_data: PositiveFloat | None = None
+    learned_variance: bool = False
     model: Part
     schedule: Part
     target: Part
     times: Part
+    objective: Part
     weighting: Part
+    pairing: Part
     data: Data
     training: Training
     optimizer: Part

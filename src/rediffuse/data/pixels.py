@@ -44,6 +44,13 @@ def to_uint8(
     return (level * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def pixel_range(mean: Level = 0.5, std: Level = 0.5) -> tuple[Tensor, Tensor]:
+    """Where black and white lie in the model's range: one number, or `[channels, 1, 1]`."""
+    m, s = (torch.as_tensor(value, dtype=torch.float32) for value in (mean, std))
+    low, high = (0 - m) / s, (1 - m) / s
+    return (low[:, None, None], high[:, None, None]) if low.ndim else (low, high)
+
+
 def augment(
     pixels: UInt8[Tensor, "batch channel height width"],
     index: Int[Tensor, " batch"],

@@ -65,6 +65,11 @@ def from_betas(betas: Tensor, *, zero_terminal_snr: bool = False) -> Discrete:
     return rescaled_to_zero_terminal_snr(chain) if zero_terminal_snr else chain
 
 
+def betas(*, betas: tuple[float, ...], zero_terminal_snr: bool = False) -> Discrete:
+    """The chain of any list β_1 .. β_T, each in (0, 1)."""
+    return from_betas(torch.tensor(betas, dtype=torch.float64), zero_terminal_snr=zero_terminal_snr)
+
+
 def rescaled_to_zero_terminal_snr(chain: Discrete) -> Discrete:
     """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, Alg. 1)."""
     alpha = chain.alpha_bar.sqrt()

@@ -42,3 +42,11 @@ def flow(*, shift: float = 1.0, t_min: float = 1e-3) -> Flow:
     if shift <= 0:
         raise ConfigError(f"flow's shift must be above 0, not {shift:g}")
     return Flow(shift, t_min)
+
+
+def resolution(*, image_size: int = 64, base_size: int = 32, t_min: float = 1e-3) -> Flow:
+    """`flow` with the shift √(m/n) of m pixels for n (Esser et al. 2024, Eq. 23).
+
+    It moves a schedule that suits images of `base_size`² pixels to ones of `image_size`².
+    """
+    return flow(shift=image_size / base_size, t_min=t_min)

@@ -2,6 +2,7 @@
 
     checkpoints/step-00012000/   named by optimizer steps
         model.safetensors  average.safetensors  optimizer.safetensors  state.json
+        learned.safetensors      of a schedule, weighting or times that learn
         manifest.json            sizes and SHA-256 of the others, written last
 
 A folder without a manifest that verifies is not a checkpoint.
@@ -24,7 +25,7 @@ from rediffuse.errors import CheckpointError
 from rediffuse.training.state import Sums, TrainState
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+_MANIFEST, _LEARNED = "manifest.json", "learned.safetensors"
 
 
 def save_checkpoint(state: TrainState, folder: Path, step: int) -> Path:
@@ -70,6 +71,8 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     _load_module(state.network, checkpoint / "model.safetensors")
     if state.average and (checkpoint / "average.safetensors").exists():
         _load_module(state.average.network, checkpoint / "average.safetensors")
+    if state.learned:
+        _load_module(state.learned, checkpoint / _LEARNED)
     _load_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
     if state.scaler and saved["scaler"]:
         state.scaler.load_state_dict(saved["scaler"])
@@ -91,6 +94,15 @@ def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average")
         raise CheckpointError(f"{checkpoint} keeps no average; use --weights raw")
     _load_module(network, checkpoint / file)
     return weights
+
+
+def load_schedule(schedule: nn.Module, checkpoint: Path) -> None:
+    """Load a schedule that was learned with the network, from a checkpoint that has verified.
+
+    Raises:
+        CheckpointError: if the checkpoint keeps none, or another one.
+    """
+    _load_module(schedule, checkpoint / _LEARNED, "schedule.")
 
 
 def newest(folder: Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
@@ -207,6 +219,8 @@ def _files(state: TrainState) -> dict[str, Callable[[], bytes]]:
     if state.average:
         average = state.average.network
         files["average.safetensors"] = lambda: save(_contiguous(average.state_dict()))
+    if state.learned:
+        files[_LEARNED] = lambda: save(_contiguous(state.learned.state_dict()))
     return files
 
 
@@ -234,12 +248,16 @@ def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
 
 def _optimized(state: TrainState) -> list[str]:
     """The names of the optimizer's parameters, in its own order."""
-    names = {id(parameter): name for name, parameter in state.network.named_parameters()}
+    named = (*state.network.named_parameters(), *state.learned.named_parameters("learned"))
+    names = {id(parameter): name for name, parameter in named}
     return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def _load_module(module: nn.Module, file: Path) -> None:
-    tensors, wanted = load_file(file), module.state_dict()
+def _load_module(module: nn.Module, file: Path, prefix: str = "") -> None:
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing: this checkpoint was made by another recipe")
+    saved, wanted = load_file(file), module.state_dict()
+    tensors = {n.removeprefix(prefix): value for n, value in saved.items() if n.startswith(prefix)}
     if differing := sorted(set(tensors) ^ set(wanted)):
         raise CheckpointError(f"{file}: made by another network ({differing[0]} is in one only)")
     for name, tensor in tensors.items():

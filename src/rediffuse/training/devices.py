@@ -25,14 +25,25 @@ class Devices:
         return self.rank == 0
 
     def sum_over_ranks(self, tensors: list[Tensor]) -> None:
-        """Add tensors up over all ranks, in place, in one message."""
+        """Add tensors up over all ranks, in place, in one message for each precision."""
         if self.ranks == 1:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, part in zip(tensors, flat.split(sizes), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for dtype in {tensor.dtype: None for tensor in tensors}:
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.flatten().to(self.device) for tensor in alike])
+            torch.distributed.all_reduce(flat)
+            sizes = [tensor.numel() for tensor in alike]
+            for tensor, part in zip(alike, flat.split(sizes), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def gather(self, shares: Tensor) -> Tensor:
+        """Put every rank's equal share together, in the order of ranks, on each of them."""
+        if self.ranks == 1:
+            return shares
+        sent = shares.to(self.device)
+        parts = [torch.empty_like(sent) for _ in range(self.ranks)]
+        torch.distributed.all_gather(parts, sent)
+        return torch.cat(parts).to(shares.device)
 
     def agree(self, value: str | None) -> str:
         """Tell every rank what the first one says."""

@@ -3,15 +3,17 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FrameType
 
 import torch
 from torch import Tensor
 
 from rediffuse.data.batches import Batch
-from rediffuse.denoiser import Denoiser
-from rediffuse.losses import simple_loss
+from rediffuse.losses import Noised
+from rediffuse.process import diffuse
 from rediffuse.randomness import Stream, normal, uniform
+from rediffuse.times import LossAware
 from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.state import Sums, TrainState
 from rediffuse.training.step import Recipe
@@ -62,18 +64,21 @@ def validate(recipe: Recipe, batches: Sequence[Batch], record: Record) -> Hook:
 @torch.no_grad()
 def validation_loss(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> float:
     """The mean loss of the averaged weights; image k has the same time and noise every time."""
-    of = recipe.denoiser
-    denoiser = Denoiser(state.sampler, of.schedule, of.target, of.sigma_data)
+    denoiser = replace(recipe.denoiser, network=state.sampler)
+    schedule, times = denoiser.schedule, recipe.times
+    drawn = times.evenly if isinstance(times, LossAware) else times
     state.sampler.eval()
     total, images = 0.0, sum(len(batch.index) for batch in batches)
     for batch in batches:
         # One time in each of as many equal parts of the clock as there are images.
         u = (batch.index + uniform(recipe.seed, Stream.EVALUATION, batch.index, 1)[:, 0]) / images
-        t = recipe.times(of.schedule, u)
+        t = drawn(schedule, u)
         index = batch.index.to(batch.x_0.device)
         eps = normal(recipe.seed, Stream.EVALUATION, index, tuple(batch.x_0.shape[1:]), draw=1)
         with recipe.autocast():
-            losses = simple_loss(denoiser, recipe.weighting, batch.x_0, eps, t, batch.cond)
+            x_t = diffuse(schedule, batch.x_0, eps, t)
+            noised = Noised(batch.x_0, eps, x_t, t, batch.cond)
+            losses = recipe.objective(denoiser, recipe.weighting, noised)
         total += losses.sum().item()
     return total / images
 

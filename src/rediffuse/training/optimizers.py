@@ -40,17 +40,18 @@ def adamw(
     )
 
 
-def parameter_groups(network: nn.Module) -> Groups:
+def parameter_groups(network: nn.Module, learned: nn.Module | None = None) -> Groups:
     """Two groups: weights of convolutions and linear maps, which decay, and all else.
 
     Biases, norms and embeddings are spared: pulling a scale or a shift to 0 only costs accuracy.
+    So is what learns beside the network, a schedule or a weighting.
     """
     decays = {
         id(module.weight)
         for module in network.modules()
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     }
-    parameters = list(network.parameters())
+    parameters = [*network.parameters(), *(learned.parameters() if learned is not None else ())]
     return [
         {"params": [p for p in parameters if id(p) in decays], "decays": True},
         {"params": [p for p in parameters if id(p) not in decays], "decays": False},

@@ -22,11 +22,16 @@ class Sums:
     bin_images: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
 
     @classmethod
-    def of(cls, losses: Tensor, half_log_snr: Tensor) -> "Sums":
-        """The sums of one batch: a loss and a noise level per image."""
+    def of(cls, losses: Tensor, half_log_snr: Tensor, weights: Tensor | None = None) -> "Sums":
+        """The sums of one batch: a loss, a noise level and perhaps a weight per image."""
         bins = torch.bucketize(half_log_snr.float().cpu(), torch.tensor(BIN_EDGES))
-        one_hot = torch.nn.functional.one_hot(bins, _BINS).to(losses)
-        return cls(losses.sum(), losses @ one_hot, one_hot.sum(dim=0))
+        counted = torch.nn.functional.one_hot(bins, _BINS).to(losses)
+        if weights is not None:
+            counted = counted * weights.to(losses)[:, None]
+            losses_sum = (losses * weights.to(losses)).sum()
+        else:
+            losses_sum = losses.sum()
+        return cls(losses_sum, losses @ counted, counted.sum(dim=0))
 
     def tensors(self) -> list[Tensor]:
         """The sums, to be added up over ranks in place."""
@@ -65,12 +70,16 @@ class Sums:
 
 @dataclass
 class TrainState:
-    """The network and all that goes with it after `images_seen` training images."""
+    """The network and all that goes with it after `images_seen` training images.
+
+    `learned` holds what else learns, by its axis: a schedule, a weighting, the times.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     average: Average | None = None
     scaler: torch.amp.GradScaler | None = None
+    learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     images_seen: int = 0
     since_log: Sums = field(default_factory=Sums)
     this_epoch: Sums = field(default_factory=Sums)

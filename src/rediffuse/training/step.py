@@ -5,14 +5,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rediffuse.data.batches import Batch
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import TrainingError
-from rediffuse.losses import simple_loss
+from rediffuse.losses import Noised, Objective
+from rediffuse.pairings import Pairing, independent
+from rediffuse.process import diffuse
 from rediffuse.randomness import Stream, normal, torch_seeded, uniform
-from rediffuse.times import Times
+from rediffuse.tensors import expand
+from rediffuse.times import LossAware, Times
 from rediffuse.training.devices import Devices
 from rediffuse.training.optimizers import set_learning_rate
 from rediffuse.training.state import Sums, TrainState
@@ -24,15 +27,21 @@ class Recipe:
     """What training does at every step, whatever the state."""
 
     denoiser: Denoiser
+    objective: Objective
     weighting: Weighting
     times: Times
     seed: int
     batch_size: int
     learning_rate: Callable[[int], float]  # of the images seen at the end of the step
     devices: Devices
+    pairing: Pairing = independent
     clip_norm: float | None = None
     label_dropout: float = 0.0
     null_class: int | None = None
+    self_conditioning: float = 0.0
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    time_strata: int = 1
     precision: torch.dtype = torch.float32
     non_finite_limit: int = 20
 
@@ -56,14 +65,17 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     set_learning_rate(state.optimizer, rate)
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
-    loss, sums = accumulate(recipe, state, batches)
+    loss, sums, seen = accumulate(recipe, state, batches)
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
-    recipe.devices.sum_over_ranks([*gradients, loss, *sums.tensors()])
+    also = [p.grad for p in state.learned.parameters() if p.grad is not None]
+    recipe.devices.sum_over_ranks([*gradients, *also, loss, *sums.tensors()])
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.get_total_norm(gradients)
-    if torch.isfinite(norm + loss):
+    if torch.isfinite(norm + loss) and all(gradient.isfinite().all() for gradient in also):
         _update(recipe, state, norm)
+        if isinstance(recipe.times, LossAware):
+            recipe.times.update(recipe.denoiser.schedule, *map(recipe.devices.gather, seen))
         for window in (state.since_log, state.this_epoch):
             window.add(sums)
     else:
@@ -74,28 +86,103 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     return {"loss": loss, "gradient_norm": norm, "learning_rate": torch.tensor(rate)}
 
 
-def accumulate(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> tuple[Tensor, Sums]:
-    """Add up the gradients of the mean loss over the whole batch; return it, and what to log."""
+def accumulate(
+    recipe: Recipe, state: TrainState, batches: Sequence[Batch]
+) -> tuple[Tensor, Sums, tuple[Tensor, Tensor]]:
+    """Add up the gradients of the mean loss over the whole batch.
+
+    Return that loss, what to log of it, and each image's time and loss.
+    """
     total, sums = torch.zeros((), device=recipe.devices.device), Sums()
+    times, all_losses = [], []
     for batch in batches:
         losses, t = batch_losses(recipe, batch)
-        loss = losses.sum() / recipe.batch_size
-        (state.scaler.scale(loss) if state.scaler else loss).backward()
-        total += loss.detach()
-        sums.add(Sums.of(losses.detach(), recipe.denoiser.schedule(t).half_log_snr))
-    return total, sums
+        weights = _importance(recipe, t)
+        loss = (losses if weights is None else losses * weights.to(losses)).sum()
+        _backward(recipe, state, loss / recipe.batch_size, losses)
+        total += loss.detach() / recipe.batch_size
+        noise_level = recipe.denoiser.schedule(t).half_log_snr.detach()
+        sums.add(Sums.of(losses.detach(), noise_level, weights))
+        times.append(t)
+        all_losses.append(losses.detach())
+    return total, sums, (torch.cat(times), torch.cat(all_losses))
 
 
 def batch_losses(recipe: Recipe, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss of each image at its own keyed time and noise, and those times."""
-    index, seed = batch.index, recipe.seed
-    t = recipe.times(recipe.denoiser.schedule, uniform(seed, Stream.TIME, index, 1)[:, 0])
-    eps = normal(seed, Stream.NOISE, index.to(batch.x_0.device), tuple(batch.x_0.shape[1:]))
-    with torch_seeded(seed, Stream.DROPOUT, int(index[0])), recipe.autocast():
-        losses = simple_loss(
-            recipe.denoiser, recipe.weighting, batch.x_0, eps, t, _some_dropped(recipe, batch)
-        )
+    t = recipe.times(recipe.denoiser.schedule, _spread(recipe, batch.index))
+    with torch_seeded(recipe.seed, Stream.DROPOUT, int(batch.index[0])), recipe.autocast():
+        losses = recipe.objective(recipe.denoiser, recipe.weighting, _noised(recipe, batch, t))
     return losses, t
+
+
+def _spread(recipe: Recipe, index: Tensor) -> Tensor:
+    """A uniform number per image, spread evenly over k consecutive ones where strata are asked for.
+
+    Image i of a block takes (u + i/k) mod 1 (Kingma et al. 2021, App. I.1).
+    """
+    k = recipe.time_strata
+    drawn = uniform(recipe.seed, Stream.TIME, index // k, 1)[:, 0]
+    return drawn if k == 1 else (drawn + (index % k) / k) % 1
+
+
+def _noised(recipe: Recipe, batch: Batch, t: Tensor) -> Noised:
+    """Everything that an objective is told about a batch."""
+    x_0, on_device = batch.x_0, batch.index.to(batch.x_0.device)
+
+    def drawn(stream: Stream, draw: int, shape: tuple[int, ...]) -> Tensor:
+        return normal(recipe.seed, stream, on_device, shape, draw)
+
+    shape = tuple(x_0.shape[1:])
+    eps = recipe.pairing(x_0, lambda k: drawn(Stream.NOISE, k, shape))
+    if recipe.offset_noise:  # one more normal number per channel (Guttenberg 2023)
+        flat = drawn(Stream.NOISE_EXTRAS, 0, (shape[0], *(1,) * (len(shape) - 1)))
+        eps = eps + recipe.offset_noise * flat
+    shown = eps
+    if recipe.input_perturbation:  # the network sees more noise than it is asked for
+        shown = eps + recipe.input_perturbation * drawn(Stream.NOISE_EXTRAS, 1, shape)
+    x_t = diffuse(recipe.denoiser.schedule, x_0, shown, t)
+    cond = _some_dropped(recipe, batch)
+    return Noised(x_0, eps, x_t, t, cond, _estimate(recipe, batch, x_t, t, cond))
+
+
+def _estimate(
+    recipe: Recipe, batch: Batch, x_t: Tensor, t: Tensor, cond: Tensor | None
+) -> Tensor | None:
+    """The network's own first guess at x_0, for a keyed share of images (Chen et al. 2023)."""
+    if not recipe.denoiser.self_conditioned:
+        return None
+    with torch.no_grad():
+        guess = recipe.denoiser(x_t, t, cond).x_0
+    drawn = uniform(recipe.seed, Stream.SELF_CONDITIONING, batch.index, 1)[:, 0]
+    return guess * expand((drawn < recipe.self_conditioning).double(), guess)
+
+
+def _importance(recipe: Recipe, t: Tensor) -> Tensor | None:
+    """What makes losses at times that were not drawn evenly an unbiased mean."""
+    if isinstance(recipe.times, LossAware):
+        return recipe.times.weight(recipe.denoiser.schedule, t)
+    return None
+
+
+def _backward(recipe: Recipe, state: TrainState, loss: Tensor, losses: Tensor) -> None:
+    """Gradients of the loss, and for a learned schedule those of the loss' variance.
+
+    The bound does not depend on a schedule between its ends, its estimate's variance does: its
+    gradient is that of the squared loss (Kingma et al. 2021, App. H).
+    """
+    scale = state.scaler.scale if state.scaler else lambda value: value
+    schedule = recipe.denoiser.schedule
+    if not isinstance(schedule, nn.Module):
+        scale(loss).backward()
+        return
+    moving = list(schedule.parameters())
+    trained = (*state.network.parameters(), *state.learned.parameters())
+    squared = losses.square().sum() / recipe.batch_size
+    scale(squared).backward(inputs=moving, retain_graph=True)
+    scale(loss).backward(
+        inputs=[p for p in trained if p.requires_grad and all(p is not q for q in moving)]
+    )
 
 
 def _some_dropped(recipe: Recipe, batch: Batch) -> Tensor | None:

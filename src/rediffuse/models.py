@@ -1,0 +1,105 @@
+"""From a run to a model that can be sampled: one id is all that it takes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rediffuse import build, runs
+from rediffuse.config.compose import checked, read_yaml
+from rediffuse.config.schema import Config
+from rediffuse.denoiser import Denoiser
+from rediffuse.errors import CheckpointError, ConfigError
+from rediffuse.runs import Run
+from rediffuse.training import checkpoint
+from rediffuse.training.devices import PRECISIONS, choose, set_determinism
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser with the facts of its data: `config.data` and the classes it knows, if any."""
+
+    config: Config
+    denoiser: Denoiser
+    class_names: tuple[str, ...]
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    trusted: tuple[str, ...] | None = None
+    origin: dict[str, str] | None = None  # of a run: its id, checkpoint and weights
+
+    @property
+    def null_class(self) -> int | None:
+        """The number that stands for no class, if the model was trained without its labels, too."""
+        dropped = self.config.training.label_dropout > 0
+        return len(self.class_names) if self.class_names and dropped else None
+
+
+def load(
+    word: str | Path,
+    *,
+    root: Path | None = None,
+    weights: str = "average",
+    which: str = "latest",
+    device: str = "auto",
+    trusted: Sequence[str] = (),
+) -> Model:
+    """Build a run's model from its own configuration; `word` is an id, its beginning or a path.
+
+    `weights` are the `average` or the `raw` ones, of the `latest` or `best` checkpoint or that of a
+    step's number. `trusted` are packages of the user's own that the run names.
+
+    Raises:
+        RediffuseError: if there is no such run or checkpoint, or it does not verify.
+    """
+    run = find(word, root)
+    config = checked(read_yaml(run.config))
+    if weights not in _WEIGHTS:
+        raise ConfigError(f"weights={weights}: expected {' or '.join(_WEIGHTS)}")
+    chosen_device = choose(device).device
+    threads = config.threads if chosen_device.type == "cpu" else None
+    set_determinism(config.determinism, chosen_device, threads)
+    names = tuple(json.loads(run.environment.read_text())["data"]["class_names"])
+    network = build.network(config, len(names), trusted)
+    chosen = _checkpoint(run, which)
+    weights = weights if config.average.half_life_images else "raw"
+    checkpoint.load_weights(network, chosen, weights)
+    denoiser = build.denoiser(config, network.to(chosen_device).eval(), trusted)
+    if isinstance(denoiser.schedule, nn.Module):
+        checkpoint.load_schedule(denoiser.schedule, chosen)
+    origin = {"run": run.id, "checkpoint": chosen.name, "weights": weights}
+    precision = PRECISIONS[config.training.precision]
+    return Model(config, denoiser, names, chosen_device, precision, tuple(trusted), origin)
+
+
+_WEIGHTS = ("average", "raw")
+
+
+def find(word: str | Path, root: Path | None = None) -> Run:
+    """Find a run by its directory, or by its id or the beginning of it in `root`.
+
+    Raises:
+        RunError: if there is none.
+    """
+    if isinstance(word, Path) or "/" in word:
+        directory = Path(word).expanduser().resolve()
+        return runs.find_run(directory.parent, directory.name)
+    return runs.find_run(runs.runs_root(root), word)
+
+
+def _checkpoint(run: Run, which: str) -> Path:
+    """Latest, best, or the step of that number."""
+    if which == "latest":
+        found = checkpoint.newest(run.checkpoints, print)
+    elif which == "best":
+        found = checkpoint.best(run.checkpoints)
+    else:
+        number = which.removeprefix("step-")
+        found = run.checkpoints / f"step-{int(number):08d}" if number.isdecimal() else None
+    there = checkpoint.checkpoints(run.checkpoints)
+    if found not in there or found is None:
+        names = ", ".join(c.name for c in there) or "none yet"
+        raise CheckpointError(f"run {run.id} has no checkpoint '{which}'; it has {names}")
+    return found
