@@ -141,6 +141,19 @@ def test_resampling_walks_all_steps_but_the_last_that_often(steps, resamplings, 
     assert counted.evaluations == states == resamplings * (steps - 1) + 1
 
 
+def test_a_jump_is_walked_down_and_up_again_as_one():
+    denoise, schedule, walk, times, noise = setting(discrete.linear(), "euler", 8)
+    known, asked = images(2, 3, 4), []
+
+    def watched(x_t: Tensor, t: Tensor) -> Prediction:
+        asked.append(times.tolist().index(t.item()))
+        return denoise(x_t, t)
+
+    at = watched, schedule, walk, times, noise
+    final(inpaint(*at, known, half((3, 4)), resamplings=2, jump=3))
+    assert asked == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 6, 7]
+
+
 @pytest.mark.parametrize("schedule", FEW.values(), ids=FEW)
 def test_repaint_is_lugmayr_et_al_algorithm_1(schedule):
     """With ancestral sampling's own step in the place of their lines 5 and 6."""

@@ -246,11 +246,15 @@ def _told(model: Model) -> Callable[..., Prediction]:
 
 def _remembering(denoiser: Callable[..., Prediction]) -> Callable[..., Prediction]:
     """Show a self-conditioned network its last estimate of these images (Chen et al. 2023)."""
-    last: dict[int, Tensor] = {}  # by batch size: guidance may ask about both sides at once
+    last: Tensor | None = None
 
     def denoise(x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Prediction:
-        predicted = denoiser(x_t, t, cond, last.get(len(x_t)))
-        last[len(x_t)] = predicted.x_0
+        nonlocal last
+        given = last
+        if given is not None and len(given) != len(x_t):  # guidance asked for one side, or for two
+            given = torch.cat((given, given)) if len(given) < len(x_t) else given[: len(x_t)]
+        predicted = denoiser(x_t, t, cond, given)
+        last = predicted.x_0
         return predicted
 
     return denoise

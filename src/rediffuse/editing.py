@@ -115,8 +115,9 @@ def slerp(a: Images, b: Images, weight: float | Tensor) -> Tensor:
     part = torch.as_tensor(weight, dtype=torch.float64, device=a.device).expand(len(a))
     one, other = a.double().flatten(1), b.double().flatten(1)
     cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
-    angle = cosine.clamp(-1, 1).acos()
-    straight = ~(angle.sin() > 1e-6)  # also where an image is 0 and has no direction
+    angle = cosine.acos()
+    # Also where there is no angle: an image is 0, or rounding took a cosine above 1.
+    straight = ~(angle.sin() > 1e-6)
     on_a = torch.where(straight, 1 - part, ((1 - part) * angle).sin() / angle.sin())
     on_b = torch.where(straight, part, (part * angle).sin() / angle.sin())
     return expand(on_a, a) * a + expand(on_b, b) * b

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from rediffuse import build
 from rediffuse.config.schema import Config, Sampling
+from rediffuse.data.pixels import pixel_range
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import ConfigError
+from rediffuse.guidance import apart
 from rediffuse.losses import Noised
 from rediffuse.process import Schedule, diffuse
 from rediffuse.targets import check_target
@@ -44,21 +46,23 @@ def check(config: Config, trusted: Sequence[str] | None = None) -> None:
 def check_sampling(
     config: Config, how: Sampling, schedule: Schedule, trusted: Sequence[str] | None = None
 ) -> None:
-    """Walk a few steps of the grid with the solver, on one pixel.
+    """Walk a few steps of the grid with the solver, guided and held in range, on one pixel.
 
     Raises:
         ConfigError: if they do not go together, or the walk does not end on a number.
     """
-    build.bind("guidance", how.guidance, "sampling.guidance", trusted)
-    build.bind("threshold", how.threshold, "sampling.threshold", trusted)
     solver, grid = build.solver(how.solver, trusted), build.grid(how.grid, trusted)
     grid(schedule, how.steps)
     times = grid(schedule, min(how.steps, _FEW_STEPS))
     target = build.bind("target", config.target, "target", trusted)
     denoiser = Denoiser(_Nothing(config), schedule, target, config.sigma_data)
+    guided = build.bind("guidance", how.guidance, "sampling.guidance", trusted)
+    threshold = build.bind("threshold", how.threshold, "sampling.threshold", trusted)
+    low, high = pixel_range(config.data.mean, config.data.std)
+    denoise = threshold(guided(apart(denoiser, denoiser), schedule), schedule, low=low, high=high)
     x = torch.ones(8, config.data.channels, 1, 1) * schedule(times[0]).sigma.float()
     with torch.inference_mode():
-        *_, x = solver(denoiser, schedule, x, times, torch.ones_like)
+        *_, x = solver(denoise, schedule, x, times, torch.ones_like)
     if not x.isfinite().all():
         raise ConfigError(
             f"sampling.solver={how.solver.name} does not end on a number on this schedule with "
