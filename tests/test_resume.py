@@ -48,6 +48,46 @@ def test_a_run_made_longer_equals_one_that_was_planned_so(tmp_path: Path) -> Non
     assert metrics(tmp_path, golden) == metrics(tmp_path, run)
 
 
+LEARNING = {
+    "times, variance and estimates": (
+        "times=loss_aware",
+        "times.bins=5",
+        "times.history=4",
+        "objective=hybrid",
+        "training.self_conditioning=0.5",
+        "training.time_strata=12",
+        "training.offset_noise=0.1",
+        "pairing=immiscible",
+    ),
+    "schedule": ("schedule=learned", "training.input_perturbation=0.1"),
+    "weighting": (
+        "weighting=uncertainty",
+        "schedule=edm",
+        "target=edm",
+        "times=log_normal",
+        "grid=karras",
+        "pairing=optimal_transport",
+        "pairing.block_images=8",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEARNING)
+def test_whatever_else_learns_goes_on_to_the_last_bit_and_can_be_sampled(
+    tmp_path: Path, what: str
+) -> None:
+    words = (*TINY, *EVERY, *LEARNING[what], "training.previews=false", "training.images=624")
+    golden = run_id(rediffuse("train", *words, root=tmp_path))
+    run = run_id(rediffuse("train", *words, MIDDLE, root=tmp_path))
+    rediffuse("resume", run, "training.stop_after_images=null", root=tmp_path)
+    assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
+    assert metrics(tmp_path, golden) == metrics(tmp_path, run)
+    for one in (golden, run):
+        rediffuse("sample", one, "--n", "8", "--output-dir", str(tmp_path / one[:6]), root=tmp_path)
+    drawn = [(tmp_path / one[:6] / "grid.png").read_bytes() for one in (golden, run)]
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rate", ["constant", "cosine", "linear"])
@@ -75,8 +115,10 @@ def metrics(root: Path, run: str) -> list[dict[str, float]]:
 
 def assert_same_checkpoint(golden: Path, other: Path) -> None:
     assert golden.name == other.name
-    for name in ("model", "average", "optimizer"):
-        one, two = (load_file(at / f"{name}.safetensors") for at in (golden, other))
+    names = sorted(file.name for file in golden.glob("*.safetensors"))
+    assert names == sorted(file.name for file in other.glob("*.safetensors"))
+    for name in names:
+        one, two = (load_file(at / name) for at in (golden, other))
         assert one.keys() == two.keys()
         differing = [key for key in one if not one[key].equal(two[key])]
         assert not differing, f"{name}: {differing}"

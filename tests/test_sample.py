@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli import TINY, rediffuse, run_id
 from PIL import Image
 
 from rediffuse import gallery, runs
-from rediffuse.errors import CheckpointError, ConfigError
+from rediffuse.errors import CheckpointError, ConfigError, DataError, RunError
 from rediffuse.gallery import Options, image_numbers
 from rediffuse.pictures import columns_for, grid
 
@@ -95,6 +96,17 @@ def test_another_seed_another_class_and_other_weights_give_other_images(
         (Options(steps=2000), ConfigError, "2000 sampling steps"),
         (Options(seeds="3-"), ConfigError, "expected numbers and ranges"),
         (Options(seeds="5-3"), ConfigError, "names 0 images"),
+        (Options(guidance="thrice"), ConfigError, "there is no guidance 'thrice'"),
+        (Options(guidance="nan"), ConfigError, "expected a finite number"),
+        (Options(guide_by="7"), CheckpointError, "no checkpoint '7'"),
+        (Options(guide_by="abcdef:7"), RunError, "no run 'abcdef'"),
+        (Options(strength=0.5), ConfigError, "--strength needs --input"),
+        (Options(reconstruct=True, strength=0.5), ConfigError, "do not go together"),
+        (Options(inputs=Path("/no/such.png")), DataError, r"/no/such\.png: there is no such file"),
+        (Options(inputs=Path("/"), interpolate="1,2"), ConfigError, "leave --input away"),
+        (Options(inputs=Path("/"), strength=1.5), ConfigError, "expected 0 .as given. to 1"),
+        (Options(interpolate="1,2"), ConfigError, "of the classes 1 and 2; add --class"),
+        (Options(interpolate="1,2,3"), ConfigError, "expected two numbers"),
     ],
 )
 def test_what_the_run_cannot_do_is_refused(
@@ -105,6 +117,105 @@ def test_what_the_run_cannot_do_is_refused(
     with pytest.raises(error, match=says):
         gallery.sample(run, Options(**{**vars(options), "root": root, "output_dir": out}))
     assert not out.exists()
+
+
+def given(trained: tuple[Path, str], folder: Path, **options: object) -> Path:
+    """The folder that `rediffuse sample` fills."""
+    root, run = trained
+    gallery.sample(run, Options(root, steps=4, output_dir=folder, **options))  # type: ignore[arg-type]
+    return folder
+
+
+def test_interpolation_ends_on_the_plain_samples_whatever_the_solver(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    for solver in ("dpmpp_2m", "ancestral"):
+        plain = pixels(given(trained, tmp_path / f"{solver}-a", seeds="3,13", solver=solver))
+        way = pixels(
+            given(trained, tmp_path / f"{solver}-b", interpolate="3,13", count=5, solver=solver)
+        )
+        assert np.array_equal(way["000000.png"], plain["000003.png"])
+        assert np.array_equal(way["000004.png"], plain["000013.png"])
+        assert len({image.tobytes() for image in way.values()}) == 5
+
+
+def test_strength_goes_from_the_given_image_to_a_new_one(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    start = given(trained, tmp_path / "start", seeds="3") / "000003.png"
+    more = {"inputs": start, "count": 2, "class_name": "3"}
+    none = pixels(given(trained, tmp_path / "0", strength=0.0, **more))
+    assert all(np.array_equal(image, np.asarray(Image.open(start))) for image in none.values())
+    new = pixels(given(trained, tmp_path / "1", strength=1.0, **more))
+    plain = pixels(given(trained, tmp_path / "plain", count=2, class_name="3"))
+    assert all(np.array_equal(new[name], plain[name]) for name in plain)
+    half = pixels(given(trained, tmp_path / "half", strength=0.5, **more))
+    assert not np.array_equal(half["000000.png"], half["000001.png"])
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_inpainting_keeps_every_pixel_that_the_mask_leaves_black(
+    trained: tuple[Path, str], tmp_path: Path, again: int
+) -> None:
+    start = given(trained, tmp_path / "start", seeds="3") / "000003.png"
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    painted = pixels(
+        given(
+            trained,
+            tmp_path / "out",
+            inputs=start,
+            mask=tmp_path / "mask.png",
+            count=3,
+            resamplings=again,
+        )
+    )
+    before = np.asarray(Image.open(start))
+    for image in painted.values():
+        assert np.array_equal(image[:, :4], before[:, :4])
+    assert len({image[:, 4:].tobytes() for image in painted.values()}) == 3
+
+
+def test_reconstruction_walks_to_noise_and_back(
+    trained: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = given(trained, tmp_path / "start", count=4)
+    (start / "grid.png").unlink()
+    root, run = trained
+    out = tmp_path / "out"
+    gallery.sample(run, Options(root, inputs=start, reconstruct=True, steps=100, output_dir=out))
+    assert min(json.loads((out / "manifest.json").read_text())["psnr_db"]) >= 30
+    assert "PSNR" in capsys.readouterr().out
+
+
+def test_a_weaker_checkpoint_guides(trained: tuple[Path, str], tmp_path: Path) -> None:
+    plain = pixels(given(trained, tmp_path / "plain", count=2))
+    for scale, same in ((1.0, True), (3.0, False)):
+        out = tmp_path / str(scale)
+        guided = pixels(given(trained, out, count=2, guide_by="9", guidance=scale))
+        assert np.array_equal(guided["000000.png"], plain["000000.png"]) == same
+
+
+def test_python_does_what_the_command_line_does(trained: tuple[Path, str], tmp_path: Path) -> None:
+    import rediffuse as library
+
+    root, run = trained
+    drawn = pixels(given(trained, tmp_path / "cli", count=3, solver="unipc order=2", guidance=2.0))
+    model = library.load(run[:8], root=root)
+    array = library.sample(model, 3, solver="unipc order=2", steps=4, guidance=2.0)
+    assert all(np.array_equal(array[j, 0], image) for j, image in enumerate(drawn.values()))
+    by_path = library.load(root / run)
+    assert np.array_equal(
+        library.sample(by_path, [2], solver="unipc order=2", steps=4, guidance=2.0), array[2:]
+    )
+    file = library.generate_samples(run, num_images=9, output_path=tmp_path / "g.png", root=root)
+    assert np.asarray(Image.open(file)).shape == (3 * 32 + 2 * 2, 3 * 32 + 2 * 2)
+    x_t = torch.randn(2, 1, 8, 8)
+    predicted = model.denoiser(x_t, torch.tensor(500.0).double(), torch.tensor([1, 2]))
+    assert predicted.x_0.shape == x_t.shape
+    with pytest.raises(ConfigError, match="weights=mean: expected average or raw"):
+        library.load(run, root=root, weights="mean")
 
 
 def test_a_finished_run_says_so_and_fixed_keys_are_refused_with_both_values(

@@ -14,10 +14,10 @@ def inverted(
 ) -> Iterator[Tensor]:
     """Walk a solver's grid up from data, undoing DDIM: yield every state, the noise last.
 
-    `ddim` took x_t to x_s with its ε(x_t), which nobody has yet. The first of the `iterations`
-    takes ε(x_s) instead (Song et al. 2021a, Eq. 14; Dhariwal & Nichol 2021, App. F); each further
-    one asks again at the x_t found (Pan et al. 2023, Eq. 7-8), and the error shrinks as fast as
-    the grid is fine.
+    Going down, `ddim` asks the network about x_t, which is not known here. The first of the
+    `iterations` asks about x_s in its place (Song et al. 2021a, Sec. 4.3), each further one about
+    the x_t found so far, towards the fixed point that DDIM takes to x_s exactly (Pan et al. 2023,
+    AIDI). The finer the grid, the fewer are needed.
     """
     x_s = x_0
     for s, t in pairwise(times.flip(0)):
