@@ -108,6 +108,30 @@ def no_noise(like: Tensor) -> Tensor:
     raise AssertionError("this solver must not draw noise here")
 
 
+class Impulses:
+    """Noise that is 1 for row k at the k-th draw, else 0: what comes out are gains, not samples."""
+
+    def __init__(self) -> None:
+        self.draws = 0
+
+    def __call__(self, like: Tensor) -> Tensor:
+        self.draws += 1
+        impulse = torch.zeros_like(like)
+        impulse[self.draws] = 1
+        return impulse
+
+
+class Drawn:
+    """Noise that remembers how often it was asked."""
+
+    def __init__(self) -> None:
+        self.draws = 0
+
+    def __call__(self, like: Tensor) -> Tensor:
+        self.draws += 1
+        return images(*like.shape, seed=self.draws).to(like)
+
+
 class Counted:
     """A denoiser that counts its evaluations."""
 

@@ -10,6 +10,8 @@ from oracles import (
     CONTINUOUS,
     SCHEDULES,
     Counted,
+    Drawn,
+    Impulses,
     about,
     final,
     gaussian,
@@ -48,30 +50,6 @@ def end_of(solver, schedule, times: Tensor, x_t: float) -> float:
     """Where the exact solution of N(0, 0.5²) ends when it starts from one number."""
     x = torch.full((1, 1), x_t, dtype=torch.float64)
     return final(solver(gaussian(schedule), schedule, x, times, no_noise)).item()
-
-
-class Impulses:
-    """Noise that is 1 for row k at the k-th draw, else 0: what comes out are gains, not samples."""
-
-    def __init__(self) -> None:
-        self.draws = 0
-
-    def __call__(self, like: Tensor) -> Tensor:
-        self.draws += 1
-        impulse = torch.zeros_like(like)
-        impulse[self.draws] = 1
-        return impulse
-
-
-class Drawn:
-    """Noise that remembers how often it was asked."""
-
-    def __init__(self) -> None:
-        self.draws = 0
-
-    def __call__(self, like: Tensor) -> Tensor:
-        self.draws += 1
-        return images(*like.shape, seed=self.draws).to(like)
 
 
 # Exact cases

@@ -10,6 +10,7 @@ from oracles import (
     CONTINUOUS,
     SCHEDULES,
     Counted,
+    Impulses,
     about,
     final,
     gaussian,
@@ -58,19 +59,6 @@ SOLVERS = DETERMINISTIC | STOCHASTIC
 def keyed(like: Tensor) -> Tensor:
     """Some noise that depends on the image alone, whatever its batch is."""
     return like.roll(1, dims=-1).sin() * 1.4
-
-
-class Impulses:
-    """Noise that is 1 for row k at the k-th draw, else 0: what comes out are gains, not samples."""
-
-    def __init__(self) -> None:
-        self.draws = 0
-
-    def __call__(self, like: Tensor) -> Tensor:
-        self.draws += 1
-        impulse = torch.zeros_like(like)
-        impulse[self.draws] = 1
-        return impulse
 
 
 # Exact cases

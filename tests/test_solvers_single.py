@@ -10,6 +10,8 @@ from oracles import (
     CONTINUOUS,
     SCHEDULES,
     Counted,
+    Drawn,
+    Impulses,
     about,
     final,
     gaussian,
@@ -39,30 +41,6 @@ from rediffuse.solvers.predictor_corrector import predictor_corrector
 
 dpmpp_sde_of_0 = partial(dpmpp_sde, eta=0.0)
 precise = partial(adaptive, rtol=1e-6, atol=1e-6)
-
-
-class Impulses:
-    """Noise that is 1 for row k at the k-th draw, else 0: what comes out are gains, not samples."""
-
-    def __init__(self) -> None:
-        self.draws = 0
-
-    def __call__(self, like: Tensor) -> Tensor:
-        self.draws += 1
-        impulse = torch.zeros_like(like)
-        impulse[self.draws] = 1
-        return impulse
-
-
-class Drawn:
-    """Noise that remembers how often it was asked."""
-
-    def __init__(self) -> None:
-        self.draws = 0
-
-    def __call__(self, like: Tensor) -> Tensor:
-        self.draws += 1
-        return images(*like.shape, seed=self.draws).to(like)
 
 
 def excess_variance(solver, schedule, times: Tensor) -> float:

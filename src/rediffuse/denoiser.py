@@ -67,3 +67,18 @@ class Denoiser:
         if self.sigma_data is None:
             return at.alpha.new_ones(())
         return ((at.alpha * self.sigma_data) ** 2 + at.sigma**2).rsqrt()
+
+
+def turning(denoise: Denoise, schedule: Schedule, y: Tensor, angle: Tensor) -> Tensor:
+    """dy/dφ = cos φ·ε - sin φ·x_0 of y = x_t/√(α² + σ²) at φ = atan2(σ, α).
+
+    It is the ODE of `process.travel` without a clock or a scale, and regular from data to noise,
+    also at α = 0 (Salimans & Ho 2022, App. D, for any α and σ). `angle` is one for all images, or
+    one each; a network is asked at its nearest time in t_min .. t_max, between a chain's steps.
+    """
+    t = schedule.time(-angle.tan().log()).clamp(schedule.t_min, schedule.t_max)
+    at = schedule(t)
+    size = (at.alpha**2 + at.sigma**2).sqrt()
+    predicted = denoise(expand(size, y) * y, t)
+    on_eps, on_x_0 = expand(at.alpha / size, y), expand(-at.sigma / size, y)
+    return on_eps * predicted.eps + on_x_0 * predicted.x_0

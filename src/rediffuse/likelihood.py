@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rediffuse.denoiser import Denoise
+from rediffuse.denoiser import Denoise, turning
 from rediffuse.errors import ConfigError
 from rediffuse.process import (
     Gaussian,
@@ -235,18 +235,10 @@ def _runge_kutta(
 def _flow(
     denoise: Denoise, schedule: Schedule, y: Tensor, angle: Tensor, signs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """dy/dφ = cos φ·ε - sin φ·x_0 at y = x_t/√(α² + σ²), φ = atan2(σ, α), and its divergence.
-
-    That is the ODE of `process.travel` without a clock or a scale, regular from data to noise.
-    """
-    t = schedule.time(-angle.tan().log()).clamp(schedule.t_min, schedule.t_max)
-    at = schedule(t)
-    size = (at.alpha**2 + at.sigma**2).sqrt()
+    """`turning`, and its divergence."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        predicted = denoise(expand(size, y) * y, t)
-        on_eps, on_x_0 = expand(at.alpha / size, y), expand(-at.sigma / size, y)
-        slope = on_eps * predicted.eps + on_x_0 * predicted.x_0
+        slope = turning(denoise, schedule, y, angle)
         along = [sign * torch.autograd.grad(slope, y, sign, retain_graph=True)[0] for sign in signs]
     return slope.detach(), torch.stack(along).mean(dim=0).double().flatten(1).sum(dim=1)
 

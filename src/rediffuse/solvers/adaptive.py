@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rediffuse.denoiser import Denoise
+from rediffuse.denoiser import Denoise, turning
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales, Schedule
 from rediffuse.solvers import Noise
@@ -37,7 +37,7 @@ def adaptive(
     """
     shown_at = schedule(times.clamp(min=schedule.t_min))
     angles, sizes = torch.atan2(shown_at.sigma, shown_at.alpha), _size(shown_at)
-    flow = partial(_flow, denoise, schedule)
+    flow = partial(turning, denoise, schedule)
     walk = _walk(flow, x / expand(sizes[0], x), angles[0], angles[-1], rtol, atol, max_evaluations)
     now = next(walk)
     shown: dict[int, Tensor] = {}
@@ -101,20 +101,6 @@ def _walk(
         factor = (0.9 * excess ** (-1 / 3)).clamp(0.2, 5)  # it grows as step³
         step = (ahead.angle - now.angle) * factor
         now = now.where((excess <= 1) & (now.angle > end), ahead)
-
-
-def _flow(denoise: Denoise, schedule: Schedule, y: Tensor, angle: Tensor) -> Tensor:
-    """dy/dφ = cos φ·ε - sin φ·x_0 of y = x_t/√(α² + σ²) at φ = atan2(σ, α).
-
-    It is the ODE of `process.travel` without a clock or a scale, and regular also at α = 0
-    (Salimans & Ho 2022, App. D, for any α and σ).
-    """
-    t = schedule.time(-angle.tan().log()).clamp(schedule.t_min, schedule.t_max)
-    at = schedule(t)
-    size = _size(at)
-    predicted = denoise(expand(size, y) * y, t)
-    on_eps, on_x_0 = expand(at.alpha / size, y), expand(-at.sigma / size, y)
-    return on_eps * predicted.eps + on_x_0 * predicted.x_0
 
 
 def _ahead(flow: Flow, now: _Place, angle: Tensor) -> tuple[_Place, Tensor]:
