@@ -104,7 +104,9 @@ def test_every_objective_tells_the_network_its_class_and_its_last_estimate(objec
 
     batch = noised(CHAIN, several_times(CHAIN)[::30])
     batch = batch._replace(cond=torch.arange(4), given=images(4, 3, 2, 2, seed=9))
-    model = Denoiser(Says(spy), CHAIN, targets.eps, self_conditioned=True)
+    model = Denoiser(
+        Says(spy), CHAIN, targets.eps, estimate_range=(torch.tensor(-9.0), torch.tensor(9.0))
+    )
     objective(model, unit, batch)
     ((cond, given),) = heard
     assert cond.equal(batch.cond)

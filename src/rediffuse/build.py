@@ -118,7 +118,9 @@ def denoiser(config: Config, net: nn.Module, trusted: Sequence[str] | None = Non
         schedule(config, trusted),
         bind("target", config.target, "target", trusted),
         config.sigma_data,
-        config.training.self_conditioning > 0,
+        pixel_range(config.data.mean, config.data.std)
+        if config.training.self_conditioning
+        else None,
     )
 
 

@@ -20,8 +20,8 @@ class Denoiser:
     `sigma_data` is the standard deviation of the data: with it the network's input is scaled to
     unit variance (Karras et al. 2022, c_in), without it x_t goes in as it is. A network that
     answers with twice the image's channels has learned a variance fraction, too (Nichol & Dhariwal
-    2021, Eq. 15). A `self_conditioned` one is shown its last estimate of x_0 beside x_t (Chen et
-    al. 2023, Analog Bits, Sec. 3.2).
+    2021, Eq. 15). A self-conditioned one is shown its last estimate of x_0 beside x_t (Chen et al.
+    2023, Analog Bits, Sec. 3.2), held in `estimate_range`, as what ε says of pure noise is huge.
 
     Raises:
         ConfigError: if the target cannot give x_0 somewhere on the schedule.
@@ -31,7 +31,7 @@ class Denoiser:
     schedule: Schedule
     target: Target
     sigma_data: float | None = None
-    self_conditioned: bool = False
+    estimate_range: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_target(self.target, self.schedule)
@@ -55,8 +55,10 @@ class Denoiser:
         """What the network says, in x_t's precision, and its variance fraction if it has one."""
         label = self.schedule.label(t).float().to(x_t.device).expand(len(x_t))
         shown = x_t * expand(self._input_scale(at), x_t)
-        if self.self_conditioned:
-            shown = torch.cat((shown, torch.zeros_like(x_t) if given is None else given), dim=1)
+        if self.estimate_range:
+            low, high = (end.to(x_t) for end in self.estimate_range)
+            estimate = torch.zeros_like(x_t) if given is None else given.clamp(low, high)
+            shown = torch.cat((shown, estimate), dim=1)
         said = self.network(shown, label, cond).to(x_t.dtype)
         if said.shape[1] == x_t.shape[1]:
             return said, None

@@ -3,6 +3,7 @@
 Image j depends on (seed, j) alone: on no neighbour, and on no other job.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rediffuse import build
-from rediffuse.config.schema import Sampling
+from rediffuse.config.schema import Part, Sampling
 from rediffuse.data.pixels import pixel_range, to_uint8
 from rediffuse.denoiser import Denoise
 from rediffuse.editing import Interpolated, image_to_image, inpaint, slerp
@@ -25,7 +26,6 @@ from rediffuse.process import Prediction, Schedule
 from rediffuse.randomness import ImageNoise
 from rediffuse.sampling import trajectory, walk
 from rediffuse.solvers import Noise, Solver
-from rediffuse.solvers.ddim import ddim
 from rediffuse.words import did_you_mean
 
 
@@ -40,16 +40,20 @@ class Setting(NamedTuple):
     like: Tensor
 
 
-Way = Callable[[Setting, Tensor], Iterator[Tensor]]
-"""How the images of these numbers are made: yield every state."""
+class Way(NamedTuple):
+    """How the images of given numbers are made: `walk` yields every state.
+
+    It may ask for a fresh denoiser for every further walk, since some remember what they said. A
+    `plain` way undoes steps of DDIM, which no threshold may bend.
+    """
+
+    walk: Callable[[Setting, Tensor, Callable[[], Denoise]], Iterator[Tensor]]
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """Which images to draw: their numbers, a class each (or None at all), and how many at once.
-
-    `plain` leaves x_0 as the network said it, for what has to be undone.
-    """
+    """Which images to draw: their numbers, a class each (or None at all), and how many at once."""
 
     images: tuple[int, ...]
     classes: tuple[int, ...] | None = None
@@ -57,7 +61,6 @@ class Job:
     batch_size: int = 64
     way: Way | None = None
     weaker: Model | None = None
-    plain: bool = False
 
 
 def classes_for(
@@ -101,7 +104,7 @@ def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...
     """Yield the finished images batch by batch, with their numbers."""
     data = model.config.data
     for batch in _batches(job):
-        *_, x = states(model, how, _padded(batch))
+        x = _last(states(model, how, _padded(batch)))
         pixels = to_uint8(x[: len(batch.images)], data.mean, data.std)
         yield batch.images, pixels.cpu().numpy()
 
@@ -109,9 +112,10 @@ def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...
 def states(model: Model, how: Sampling, job: Job) -> Iterator[Tensor]:
     """Yield every state of one batch of images, from noise to data, in the model's range."""
     data, schedule = model.config.data, model.denoiser.schedule
-    images = torch.tensor(job.images)
+    images, how = torch.tensor(job.images), as_walked(how, job)
+    fresh = partial(_denoise, model, how, job)
     at = Setting(
-        _denoise(model, how, job),
+        fresh(),
         schedule,
         build.solver(how.solver, model.trusted),
         build.grid(how.grid, model.trusted)(schedule, how.steps),
@@ -120,7 +124,14 @@ def states(model: Model, how: Sampling, job: Job) -> Iterator[Tensor]:
             len(images), data.channels, data.image_size, data.image_size, device=model.device
         ),
     )
-    return job.way(at, images) if job.way else trajectory(*at)
+    return job.way.walk(at, images, fresh) if job.way else trajectory(*at)
+
+
+def as_walked(how: Sampling, job: Job) -> Sampling:
+    """What a job makes of the way of sampling that was asked for."""
+    if not (job.way and job.way.plain):
+        return how
+    return how.model_copy(update={"solver": Part(name="ddim"), "threshold": Part(name="none")})
 
 
 # Ways to make images other than from noise alone
@@ -129,54 +140,57 @@ def states(model: Model, how: Sampling, job: Job) -> Iterator[Tensor]:
 def varied(inputs: Tensor, strength: float) -> Way:
     """Start image j from input j, modulo their number, with noise added."""
 
-    def way(at: Setting, images: Tensor) -> Iterator[Tensor]:
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
         x_0 = _turn(inputs, images, at.like)
         return image_to_image(*at._replace(like=x_0), strength=strength)
 
-    return way
+    return Way(way)
 
 
 def painted(inputs: Tensor, mask: Tensor, resamplings: int, jump: int) -> Way:
     """Keep what of input j `mask` says is known, and paint the rest."""
 
-    def way(at: Setting, images: Tensor) -> Iterator[Tensor]:
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
         known = _turn(inputs, images, at.like)
         given = mask.to(known).expand_as(known)
         return inpaint(*at._replace(like=known), given, resamplings=resamplings, jump=jump)
 
-    return way
+    return Way(way)
 
 
 def rebuilt(inputs: Tensor) -> Way:
     """Walk input j up to noise, and back down by DDIM."""
 
-    def way(at: Setting, images: Tensor) -> Iterator[Tensor]:
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
         x = _inverted(at, _turn(inputs, images, at.like))
-        return walk(at.denoise, at.schedule, ddim, x, at.times, at.noise)
+        return walk(fresh(), at.schedule, at.solver, x, at.times, at.noise)
 
-    return way
+    return Way(way, plain=True)
 
 
 def between_seeds(first: int, last: int, count: int, seed: int) -> Way:
     """Image j of `count` lies j / (count - 1) of the way from one image to another."""
 
-    def way(at: Setting, images: Tensor) -> Iterator[Tensor]:
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
         start, end = (ImageNoise(seed, torch.full_like(images, end)) for end in (first, last))
         noise = Interpolated(start, end, _part(images, count))
         return trajectory(at.denoise, at.schedule, at.solver, at.times, noise, at.like)
 
-    return way
+    return Way(way)
 
 
 def between_images(first: Tensor, last: Tensor, count: int) -> Way:
     """Image j of `count` lies between two given images, which are walked up to noise for it."""
 
-    def way(at: Setting, images: Tensor) -> Iterator[Tensor]:
-        start, end = (_inverted(at, end.to(at.like).expand_as(at.like)) for end in (first, last))
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
+        start, end = (
+            _inverted(at._replace(denoise=fresh()), end.to(at.like).expand_as(at.like))
+            for end in (first, last)
+        )
         x = slerp(start, end, _part(images, count))
-        return walk(at.denoise, at.schedule, ddim, x, at.times, at.noise)
+        return walk(fresh(), at.schedule, at.solver, x, at.times, at.noise)
 
-    return way
+    return Way(way, plain=True)
 
 
 def _turn(inputs: Tensor, images: Tensor, like: Tensor) -> Tensor:
@@ -189,8 +203,12 @@ def _part(images: Tensor, count: int) -> Tensor:
 
 def _inverted(at: Setting, x_0: Tensor) -> Tensor:
     with torch.inference_mode():
-        *_, x = inverted(at.denoise, at.schedule, x_0, at.times)
-    return x
+        return _last(inverted(at.denoise, at.schedule, x_0, at.times))
+
+
+def _last(states: Iterator[Tensor]) -> Tensor:
+    """The last state; the others are let go on the way."""
+    return deque(states, maxlen=1).pop()
 
 
 # What the solver sees
@@ -199,8 +217,6 @@ def _inverted(at: Setting, x_0: Tensor) -> Tensor:
 def _denoise(model: Model, how: Sampling, job: Job) -> Denoise:
     trusted, schedule = model.trusted, model.denoiser.schedule
     denoise = _guided(model, how, job)
-    if job.plain:
-        return denoise
     low, high = pixel_range(model.config.data.mean, model.config.data.std)
     threshold = build.bind("threshold", how.threshold, "sampling.threshold", trusted)
     held: Denoise = threshold(denoise, schedule, low=low, high=high)
@@ -232,7 +248,7 @@ def _guided(model: Model, how: Sampling, job: Job) -> Denoise:
 def _told(model: Model) -> Callable[..., Prediction]:
     """The denoiser in the precision it was trained in; what the solver sees stays in float32."""
     denoiser: Callable[..., Prediction] = model.denoiser
-    if model.denoiser.self_conditioned:
+    if model.denoiser.estimate_range:
         denoiser = _remembering(denoiser)
     if model.precision is torch.float32:
         return denoiser

@@ -22,6 +22,7 @@ from rediffuse.data.pixels import to_model, to_uint8
 from rediffuse.drawing import (
     Job,
     Way,
+    as_walked,
     between_images,
     between_seeds,
     classes_for,
@@ -84,8 +85,11 @@ def sample(word: str, options: Options) -> int:
         trusted=options.trust,
     )
     how = wanted(model.config.sampling, options)
+    if options.guide_by and how.guidance.arguments.get("scale") == 1:
+        raise ConfigError("--guide-by needs --guidance above 1; at 1 nobody asks the weaker model")
     check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
     job = wanted_job(model, options)
+    how = as_walked(how, job)
     assert model.origin
     name = f"{model.origin['checkpoint']}-{_job_name(how, job, options)}"
     folder = options.output_dir or run.samples / name
@@ -135,7 +139,7 @@ def wanted(how: Sampling, options: Options) -> Sampling:
     for axis in ("solver", "grid", "threshold"):
         if words := (getattr(options, axis) or "").split():
             changes[axis] = Part(name=words[0], **dict(typed_values(words[1:])))
-    if options.guidance is not None:
+    if options.guidance not in (None, ""):
         changes["guidance"] = _guidance(str(options.guidance), how.guidance)
     if options.steps is not None:
         changes["steps"] = options.steps
@@ -149,19 +153,19 @@ def wanted_job(model: Model, options: Options) -> Job:
         ConfigError: for options that do not go together.
     """
     _check_options(options)
-    images, way, plain = image_numbers(options.seeds, options.count), None, False
+    images, way = image_numbers(options.seeds, options.count), None
     if options.interpolate:
         images = tuple(range(options.count or 8))
-        way, classes, plain = _between(model, images, options)
+        way, classes = _between(model, images, options)
     elif options.inputs:
         inputs = _inputs(model.config.data, options.inputs)
         images = images if options.seeds or options.count else tuple(range(len(inputs)))
-        way, plain = _way(model.config.data, inputs, options), options.reconstruct
+        way = _way(model.config.data, inputs, options)
         classes = classes_of_given(model, images, options.class_name)
     else:
         classes = classes_for(images, model.class_names, options.class_name)
     weaker = _weaker(model, options) if options.guide_by else None
-    return Job(images, classes, options.seed, options.batch_size, way, weaker, plain)
+    return Job(images, classes, options.seed, options.batch_size, way, weaker)
 
 
 def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
@@ -182,7 +186,9 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
         numbers += range(int(first), int(last or first) + 1)
         if len(numbers) > _MOST_IMAGES:
             raise ConfigError(f"--seeds {seeds}: more than {_MOST_IMAGES:,} images in one job")
-    if not numbers or (count is not None and count != len(numbers)):
+    if not numbers:
+        raise ConfigError(f"--seeds {seeds} names 0 images; a range goes up, as 3-5")
+    if count is not None and count != len(numbers):
         raise ConfigError(f"--seeds {seeds} names {len(numbers)} images, --n {count}")
     return tuple(numbers)
 
@@ -222,6 +228,10 @@ def _check_options(options: Options) -> None:
         raise ConfigError(f"{ways[0]} needs --input, an image or a folder of images")
     if options.inputs and options.interpolate:
         raise ConfigError("--interpolate names its own images; leave --input away")
+    if options.interpolate and options.seeds:
+        raise ConfigError("--interpolate names its own images; use --n for how many")
+    if not options.mask and (options.resamplings, options.jump) != (1, 1):
+        raise ConfigError("--resamplings and --jump are for inpainting; add --mask")
     if options.strength is not None and not 0 <= options.strength <= 1:
         raise ConfigError(f"--strength {options.strength:g}: expected 0 (as given) to 1 (new)")
 
@@ -240,8 +250,8 @@ _STRENGTH = 0.6
 
 def _between(
     model: Model, images: tuple[int, ...], options: Options
-) -> tuple[Way, tuple[int, ...] | None, bool]:
-    """How to go from one image to another, with which class, and whether x_0 stays as it is."""
+) -> tuple[Way, tuple[int, ...] | None]:
+    """How to go from one image to another, and with which class."""
     ends = [end.strip() for end in (options.interpolate or "").split(",")]
     if len(ends) != 2:
         raise ConfigError(
@@ -251,7 +261,7 @@ def _between(
         data = model.config.data
         first, last = (_inputs(data, Path(end)) for end in ends)
         way = between_images(first[:1], last[:1], len(images))
-        return way, classes_of_given(model, images, options.class_name), True
+        return way, classes_of_given(model, images, options.class_name)
     first_number, last_number = map(int, ends)
     pair = classes_for((first_number, last_number), model.class_names, options.class_name)
     if pair and pair[0] != pair[1]:
@@ -260,7 +270,7 @@ def _between(
             f"{' and '.join(model.class_names[c] for c in pair)}; add --class for one"
         )
     way = between_seeds(first_number, last_number, len(images), options.seed)
-    return way, pair and pair[:1] * len(images), False
+    return way, pair and pair[:1] * len(images)
 
 
 def _weaker(model: Model, options: Options) -> Model:
@@ -275,13 +285,17 @@ def _weaker(model: Model, options: Options) -> Model:
         device=options.device,
         trusted=options.trust,
     )
-    for what in ("schedule", "class_names"):
-        mine, theirs = (
-            getattr(m if what == "class_names" else m.config, what) for m in (model, weaker)
-        )
-        if mine != theirs:
+    mine, theirs = (_must_agree(m) for m in (model, weaker))
+    for what in mine:
+        if mine[what] != theirs[what]:
             raise ConfigError(f"--guide-by {options.guide_by}: its {what} is not this model's")
-    return weaker
+    # A schedule that learns has moved since; its labels are noise levels, so the newer one serves.
+    return replace(weaker, denoiser=replace(weaker.denoiser, schedule=model.denoiser.schedule))
+
+
+def _must_agree(model: Model) -> dict[str, Any]:
+    data = model.config.data.model_dump(include={"channels", "image_size", "mean", "std"})
+    return {"schedule": model.config.schedule, "class_names": model.class_names, **data}
 
 
 def _inputs(data: Data, path: Path) -> Tensor:
@@ -326,7 +340,8 @@ def _edit(options: Options) -> dict[str, Any]:
 
 
 def _job_name(how: Sampling, job: Job, options: Options) -> str:
-    asked = json.dumps([how.model_dump(mode="json"), job.images, job.classes, job.seed])
+    which = [options.weights, job.weaker.origin if job.weaker else None]
+    asked = json.dumps([how.model_dump(mode="json"), job.images, job.classes, job.seed, which])
     edit = json.dumps(_edit(options)) if _edit(options) else ""
     digest = hashlib.sha256(f"{asked}{edit}".encode()).hexdigest()[:8]
     return f"{how.solver.name}-{how.steps}-{digest}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rediffuse import build
 from rediffuse.config.schema import Config, Sampling
-from rediffuse.data.pixels import pixel_range
+from rediffuse.data.pixels import Level, pixel_range, to_model
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import ConfigError
 from rediffuse.guidance import apart
@@ -30,6 +30,7 @@ def check(config: Config, trusted: Sequence[str] | None = None) -> None:
         ConfigError: naming the key, what was given and what would work.
     """
     of = partial(build.bind, trusted=trusted)
+    to_model(torch.zeros(1, config.data.channels, 1, 1, dtype=torch.uint8), *_levels(config))
     with torch.device("meta"):
         network = build.network(config, num_classes=2, trusted=trusted)
     clock = build.schedule(config, trusted)
@@ -73,6 +74,10 @@ def check_sampling(
 _FEW_STEPS = 5
 
 
+# The bound does not depend on a schedule between its ends; every other loss does.
+_HONEST = {"weighting": ("vlb",), "objective": ("simple",), "times": ("uniform", "loss_aware")}
+
+
 def _check_training(
     config: Config, denoiser: Denoiser, of: Callable[..., Any], trusted: Sequence[str] | None
 ) -> None:
@@ -81,11 +86,12 @@ def _check_training(
     micro_batch = torch.zeros(config.training.batch_size // config.training.accumulation, 1)
     of("pairing", config.pairing, "pairing")(micro_batch, lambda k: micro_batch)
     weighting = of("weighting", config.weighting, "weighting")
-    if isinstance(clock, nn.Module) and config.weighting.name != "vlb":
-        raise ConfigError(
-            f"schedule '{config.schedule.name}' learns, which needs weighting=vlb: any other loss, "
-            f"as weighting={config.weighting.name}, is made small by hiding noise levels from it"
-        )
+    for axis, (honest, *others) in _HONEST.items() if isinstance(clock, nn.Module) else ():
+        if (name := getattr(config, axis).name) not in (honest, *others):
+            raise ConfigError(
+                f"schedule '{config.schedule.name}' learns, which needs {axis}={honest}: with "
+                f"{axis}={name} it would make the loss small by hiding noise levels"
+            )
     u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     drawn = of("times", config.times, "times")(clock, u)
     t = torch.cat((drawn, torch.tensor([clock.t_min, clock.t_max], dtype=torch.float64)))
@@ -115,6 +121,10 @@ def _check_input_scale(config: Config, clock: Schedule) -> None:
             f"schedule '{config.schedule.name}' reaches σ = {loudest.sigma.item():g}, too loud for "
             "a network; set sigma_data to the images' standard deviation (0.5 for [-1, 1])"
         )
+
+
+def _levels(config: Config) -> tuple[Level, Level]:
+    return config.data.mean, config.data.std
 
 
 class _Nothing(nn.Module):

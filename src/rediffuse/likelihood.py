@@ -145,6 +145,7 @@ def discretized_gaussian_log_likelihood(
     Black and white take the tails, so that the 256 levels share a mass of 1. The distribution
     function is Page's (1977), as in the paper's code: sigmoid(2u), u = √(2/π)·(z + 0.044715·z³).
     """
+    low, high = (torch.as_tensor(level).to(x) for level in (low, high))
     width = (high - low) / 255
     per_scale = (-log_scale).exp()
     above, below = (x + width / 2 - mean) * per_scale, (x - width / 2 - mean) * per_scale
@@ -181,7 +182,7 @@ def ode_bits_per_dim(
     """`ode_log_likelihood` of the dequantised images, as bits per dimension of their 256 levels."""
     x = dequantised(x_0, noise, low=low, high=high)
     nats = -ode_log_likelihood(denoise, schedule, x, times, noise, probes=probes)
-    log_width = torch.as_tensor((high - low) / 255, dtype=torch.float64).log().mean()
+    log_width = torch.as_tensor((high - low) / 255).double().log().mean()
     return (nats / x_0[0].numel() - log_width.to(nats)) / math.log(2)
 
 
@@ -190,7 +191,8 @@ def dequantised(x_0: Images, noise: Noise, *, low: Level = -1.0, high: Level = 1
 
     Theis et al. 2016, Sec. 3.1.
     """
-    return x_0 + (high - low) / 255 * (torch.special.ndtr(noise(x_0)) - 0.5)
+    width = torch.as_tensor((high - low) / 255).to(x_0)
+    return x_0 + width * (torch.special.ndtr(noise(x_0)) - 0.5)
 
 
 def ode_log_likelihood(

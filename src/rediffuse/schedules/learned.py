@@ -70,6 +70,8 @@ class Learned(nn.Module):
 
 def learned(*, max_log_snr: float = 13.3, min_log_snr: float = -5.0, width: int = 64) -> Learned:
     """A monotone schedule between the ends of Kingma et al. 2021's models of CIFAR-10."""
+    if width < 1:
+        raise ConfigError(f"schedule.width: expected 1 or more, not {width}")
     if min_log_snr >= max_log_snr:
         raise ConfigError(
             f"a learned schedule needs min_log_snr below max_log_snr, not {min_log_snr:g} and "

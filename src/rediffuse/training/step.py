@@ -98,9 +98,9 @@ def accumulate(
     for batch in batches:
         losses, t = batch_losses(recipe, batch)
         weights = _importance(recipe, t)
-        loss = (losses if weights is None else losses * weights.to(losses)).sum()
-        _backward(recipe, state, loss / recipe.batch_size, losses)
-        total += loss.detach() / recipe.batch_size
+        weighed = losses if weights is None else losses * weights.to(losses)
+        _backward(recipe, state, weighed)
+        total += weighed.detach().sum() / recipe.batch_size
         noise_level = recipe.denoiser.schedule(t).half_log_snr.detach()
         sums.add(Sums.of(losses.detach(), noise_level, weights))
         times.append(t)
@@ -150,7 +150,7 @@ def _estimate(
     recipe: Recipe, batch: Batch, x_t: Tensor, t: Tensor, cond: Tensor | None
 ) -> Tensor | None:
     """The network's own first guess at x_0, for a keyed share of images (Chen et al. 2023)."""
-    if not recipe.denoiser.self_conditioned:
+    if not recipe.denoiser.estimate_range:
         return None
     with torch.no_grad():
         guess = recipe.denoiser(x_t, t, cond).x_0
@@ -165,13 +165,14 @@ def _importance(recipe: Recipe, t: Tensor) -> Tensor | None:
     return None
 
 
-def _backward(recipe: Recipe, state: TrainState, loss: Tensor, losses: Tensor) -> None:
+def _backward(recipe: Recipe, state: TrainState, losses: Tensor) -> None:
     """Gradients of the loss, and for a learned schedule those of the loss' variance.
 
     The bound does not depend on a schedule between its ends, its estimate's variance does: its
     gradient is that of the squared loss (Kingma et al. 2021, App. H).
     """
     scale = state.scaler.scale if state.scaler else lambda value: value
+    loss = losses.sum() / recipe.batch_size
     schedule = recipe.denoiser.schedule
     if not isinstance(schedule, nn.Module):
         scale(loss).backward()
