@@ -65,7 +65,7 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     )
     images = prepare(config.data, home)
     config = _resolved(config, images, exactness)
-    state, recipe = _fresh(config, images, devices)
+    state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
     run = _created(config, home, parent, devices)
     with _writing(run, devices):
@@ -100,7 +100,7 @@ def resume(
     )
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
-    state, recipe = _fresh(config, images, devices, trusted)
+    state, recipe = fresh(config, images, devices, trusted)
     with _writing(run, devices):
         if newest := checkpoint.newest(run.checkpoints, say):
             checkpoint.load_checkpoint(state, newest)
@@ -132,7 +132,7 @@ def _resolved(config: Config, images: Images, exactness: str) -> Config:
     return config.model_copy(update={"rate": rate, "determinism": exactness, "threads": threads})
 
 
-def _fresh(
+def fresh(
     config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None = None
 ) -> tuple[TrainState, Recipe]:
     """The state before the first step, and what every step does."""
@@ -193,7 +193,7 @@ def _go(run: Run, config: Config, images: Images, recipe: Recipe, state: TrainSt
     interrupts = hooks.Interrupts()
     status: runs.Status = "FAILED"
     try:
-        steps = _batches(config, images, recipe.devices).since(state.images_seen)
+        steps = batches_of(config, images, recipe.devices).since(state.images_seen)
         reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
         session.save(state)
         status = "KILLED" if interrupts.received else "FINISHED"
@@ -204,7 +204,7 @@ def _go(run: Run, config: Config, images: Images, recipe: Recipe, state: TrainSt
     return EXIT_CODES[interrupts.received.name] if interrupts.received else 0
 
 
-def _batches(config: Config, images: Images, devices: Devices) -> Batches:
+def batches_of(config: Config, images: Images, devices: Devices) -> Batches:
     data, train = config.data, images.packed.part("train")
     on_device = data.on_device
     if on_device == "auto":

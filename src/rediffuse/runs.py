@@ -90,6 +90,11 @@ class Run:
         """What trackers were given, and what they wrote."""
         return self.directory / "logs"
 
+    @property
+    def digests(self) -> Path:
+        """What the run began with, and digests of its state now and then."""
+        return self.logs / "digests.jsonl"
+
     def read(self) -> Record:
         """Read `run.json`.
 
@@ -222,6 +227,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "git": _git(Path.cwd()),
+        "code_sha256": _code_sha256(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {
@@ -240,6 +246,15 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "gpu_driver": _first_line(Path("/proc/driver/nvidia/version")),
     }
+
+
+def _code_sha256() -> str:
+    """A digest of every Python file of this package, by its name in it."""
+    package, found = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        found.update(f"{file.relative_to(package).as_posix()}\0".encode())
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def _git(directory: Path) -> dict[str, Any] | None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from rediffuse import drawing
-from rediffuse.config.schema import Config
+from rediffuse.config.compose import leaves
+from rediffuse.config.schema import FREE, Config
 from rediffuse.data.batches import Batch, fixed
 from rediffuse.images import Images
 from rediffuse.models import Model
@@ -20,7 +22,7 @@ from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
 from rediffuse.tracking.journal import Journal, replay
-from rediffuse.tracking.jsonl import read_metrics, write_atomically
+from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
 from rediffuse.tracking.tracker import Tracker
 from rediffuse.training import checkpoint, hooks
 from rediffuse.training.loop import Hook, every
@@ -48,6 +50,9 @@ class Session:
         params, tell = self.config.model_dump(), self._console.say
         self._journal = Journal(self.run.directory, trackers, params, tell)
         self._journal.start(state.images_seen)
+        cut_back(self.run.digests, state.images_seen or -1)  # a new beginning leaves no line
+        if state.images_seen == 0:
+            append(self.run.digests, 0, beginning(self.config, self.recipe))
         self._announce(state)
 
     def hooks(self) -> list[Hook]:
@@ -66,6 +71,7 @@ class Session:
         if self._main:
             previews = training.preview_every_images or now_and_then
             saves = training.checkpoint_every_images or now_and_then
+            looking.append(hooks.digest(self._digest, size, saves, self.planned))
             if training.previews:
                 looking.append(when(previews, hook=lambda state, _: self.preview(state)))
             looking.append(when(saves, hook=lambda state, _: self.save(state)))
@@ -160,6 +166,9 @@ class Session:
             {name: shown[name] for name in ("loss", "held out") if name in shown}, images_seen
         )
 
+    def _digest(self, digests: dict[str, str], images_seen: int) -> None:
+        append(self.run.digests, images_seen, digests)
+
     def _held_out(self) -> list[Batch]:
         part, data = self.images.held_out, self.config.data
         if part is None:
@@ -204,6 +213,17 @@ def send_what_is_missing(run: Run, config: Config) -> None:
     ]
     if behind:
         replay(run.directory, behind, config.model_dump(), say, record.status)
+
+
+def beginning(config: Config, recipe: Recipe) -> dict[str, Any]:
+    """What a run begins with, in the first line of its digests: all that may not change freely."""
+    values = {
+        key: value
+        for key, value in leaves(config.model_dump()).items()
+        if not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
+    }
+    devices = recipe.devices
+    return {"config": values, "ranks": devices.ranks, "device": devices.device.type}
 
 
 def planned_images(config: Config, per_epoch: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from rediffuse.cli import data, runs, sample, train
+from rediffuse.cli import data, reproduce, runs, sample, train
 from rediffuse.errors import RediffuseError
 
 
@@ -27,6 +27,7 @@ def rediffuse() -> None:
 rediffuse.add_command(train.train)
 rediffuse.add_command(train.resume)
 rediffuse.add_command(sample.sample)
+rediffuse.add_command(reproduce.reproduce)
 rediffuse.add_command(runs.show)
 rediffuse.add_command(runs.runs)
 rediffuse.add_command(data.data)

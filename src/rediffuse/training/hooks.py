@@ -1,8 +1,9 @@
 """What looks on while the loop runs; a hook reads the state and changes no weight."""
 
+import hashlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
 
@@ -83,6 +84,42 @@ def validation_loss(recipe: Recipe, state: TrainState, batches: Sequence[Batch])
     return total / images
 
 
+def digest(
+    write: Callable[[dict[str, str], int], None], batch_size: int, images: int, planned: int
+) -> Hook:
+    """Write digests after 1, 2, 4, 8, ... steps, at multiples of `images`, and at the end."""
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        seen, step = state.images_seen, state.images_seen // batch_size
+        passed = seen // images > (seen - batch_size) // images
+        if passed or step & (step - 1) == 0 or seen >= planned:
+            write(digests(state, metrics), seen)
+
+    return look
+
+
+def digests(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, str]:
+    """All that two equal runs have in common after a step: exact numbers, and SHA-256 of tensors.
+
+    In the order in which one brings the next to part.
+    """
+    found = {name: float(metrics[name]).hex() for name in ("loss", "gradient_norm")}
+    found["weights"] = _sha256(
+        state.network.state_dict() | state.learned.state_dict(prefix="learned.")
+    )
+    if state.average:
+        found["average"] = _sha256(state.average.network.state_dict())
+    moments = state.optimizer.state_dict()["state"]
+    found["optimizer"] = _sha256(
+        {
+            f"{index} {name}": torch.as_tensor(value)
+            for index, named in moments.items()
+            for name, value in named.items()
+        }
+    )
+    return found
+
+
 def stop_early(checks: int) -> Hook:
     """Stop after so many validations without a better one."""
 
@@ -122,7 +159,17 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+        for either in self._before:
+            signal.signal(either, signal.SIG_DFL)
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """16 digits are enough for what is changed by mistake; the order of names does not matter."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 class _Clock:
