@@ -174,6 +174,8 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
     Raises:
         ConfigError: for what is not a list of numbers or ranges.
     """
+    if (count or 0) > _MOST_IMAGES:
+        raise ConfigError(f"--n {count}: more than {_MOST_IMAGES:,} images in one job")
     if seeds is None:
         return tuple(range(count or 64))
     numbers: list[int] = []
@@ -183,6 +185,8 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
             raise ConfigError(
                 f"--seeds {seeds}: expected numbers and ranges, such as 0-63 or 3,5,8"
             )
+        if max(int(first), int(last or first)) >= 2**63:
+            raise ConfigError(f"--seeds {seeds}: an image's number is below 2^63")
         numbers += range(int(first), int(last or first) + 1)
         if len(numbers) > _MOST_IMAGES:
             raise ConfigError(f"--seeds {seeds}: more than {_MOST_IMAGES:,} images in one job")

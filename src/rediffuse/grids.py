@@ -44,6 +44,8 @@ def quadratic(schedule: Schedule, steps: int) -> Stops:
 
 def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> Stops:
     """(σ/α)^(1/ρ) in even steps, then data (Karras et al. 2022, Eq. 5)."""
+    if rho <= 0:
+        raise ConfigError(f"grid 'karras' needs a rho above 0, not {rho:g}")
     first, last = (-_ends(schedule, "karras")).exp()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     ratio = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
