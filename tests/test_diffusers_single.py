@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     ScoreSdeVeScheduler,
 )
@@ -25,6 +26,7 @@ from rediffuse.schedules import discrete, edm
 from rediffuse.solvers.dpmpp_2s import dpmpp_2s
 from rediffuse.solvers.euler_ancestral import euler_ancestral
 from rediffuse.solvers.euler_maruyama import euler_maruyama
+from rediffuse.solvers.heun import heun
 from rediffuse.solvers.midpoint import midpoint
 from rediffuse.solvers.predictor_corrector import predictor_corrector
 
@@ -76,6 +78,24 @@ def test_midpoint_and_dpmpp_2s_are_theirs_also_where_a_chain_has_no_exact_middle
         torch.testing.assert_close(found, theirs, rtol=1e-8, atol=1e-9)
         x, compared = found, compared + 1
     assert compared == steps - 1
+
+
+def test_heun_is_theirs():
+    sigma = karras(VE, 12)
+    reference = HeunDiscreteScheduler()
+    reference.set_timesteps(12)
+    reference.sigmas = torch.cat((sigma[:1], sigma[1:-1].repeat_interleave(2), sigma[-1:]))
+    denoise, x = Denoiser(NETWORK, VE, targets.eps, 0.5), images(2, 3, 4, 4) * 80
+    walk = heun(denoise, VE, x, sigma, no_noise)
+    for n, found in enumerate(walk):
+        t = reference.timesteps[2 * n]
+        theirs = reference.step(denoise(x, sigma[n]).eps, t, x).prev_sample
+        if n < 11:  # the step onto data is Euler's, theirs too
+            eps = denoise(theirs, sigma[n + 1]).eps
+            theirs = reference.step(eps, reference.timesteps[2 * n + 1], theirs).prev_sample
+        torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-9)
+        x = found
+    assert n == 11
 
 
 def test_midpoint_is_their_kdpm2():
