@@ -2,8 +2,11 @@
 
 import json
 import math
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from rediffuse.training.average import Average
 from rediffuse.training.devices import Devices
 from rediffuse.training.loop import DONE, every, train
 from rediffuse.training.optimizers import adam, adamw, parameter_groups
-from rediffuse.training.state import Sums, TrainState
+from rediffuse.training.state import Sums, TrainState, UsualLoss
 from rediffuse.training.step import Recipe, train_step
 
 SIZE = 16
@@ -112,23 +115,49 @@ def test_two_ranks_see_what_one_rank_sees() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_without_finite_gradients_changes_no_weight_and_no_average(value: float) -> None:
     state = fresh()
-    recipe = recipe_for(state.network, non_finite_limit=3)
+    recipe = recipe_for(state.network)
     steps = batches().since(0)
     train_step(recipe, state, next(steps))
+    written: list[dict[str, Any]] = []
+    look = hooks.non_finite(lambda values, images: written.append({**values, "at": images}), 3)
     before, averaged = weights(state.network), weights(state.average.network)  # type: ignore[union-attr]
     moments = json.dumps(str(state.optimizer.state_dict()["state"]))
     poisoned = [batch._replace(x_0=batch.x_0.clone()) for batch in next(steps)]
     poisoned[0].x_0[0, 0, 0, 0] = value
-    train_step(recipe, state, poisoned)
+    look(state, train_step(recipe, state, poisoned))
     learned = [name for name, _ in state.network.named_parameters()]
     assert all(before[name].equal(state.network.state_dict()[name]) for name in learned)
     assert same(averaged, state.average.network.state_dict())  # type: ignore[union-attr]
     assert moments == json.dumps(str(state.optimizer.state_dict()["state"]))
     assert (state.skipped_steps, state.skipped_in_a_row, state.images_seen) == (1, 1, 2 * SIZE)
     assert math.isfinite(state.since_log.means()["loss"])
-    train_step(recipe, state, poisoned)
+    look(state, train_step(recipe, state, poisoned))
     with pytest.raises(TrainingError, match="3 steps in a row"):
-        train_step(recipe, state, poisoned)
+        look(state, train_step(recipe, state, poisoned))
+    assert [(line["step"], line["at"]) for line in written] == [(n, n * SIZE) for n in (2, 3, 4)]
+    assert written[0]["samples"] == poisoned[0].index.tolist()
+    assert written[0]["not_finite"] == list(written[0]["gradient_norms"]) == learned
+    assert json.dumps(written, allow_nan=False)
+
+
+def test_a_spike_in_the_loss_is_counted_once_and_moves_what_is_usual_by_little() -> None:
+    usual = UsualLoss()
+    losses = 1 + 0.1 * torch.randn(400, generator=torch.Generator().manual_seed(0))
+    for step, loss in enumerate(losses):
+        usual.see(loss, step)
+    assert usual.spikes.item() == 0
+    torch.testing.assert_close(usual.mean, torch.tensor(1.0), rtol=0, atol=0.05)
+    torch.testing.assert_close(usual.variance.sqrt(), torch.tensor(0.1), rtol=0.3, atol=0)
+    usual.see(torch.tensor(5.0), 400)
+    usual.see(torch.tensor(math.nan), 401)
+    usual.see(torch.tensor(1.0), 402)
+    assert (usual.spikes.item(), usual.last_spike_images.item()) == (1, 400)
+    torch.testing.assert_close(usual.mean, torch.tensor(1.0), rtol=0, atol=0.05)
+    again = UsualLoss.from_json(json.loads(json.dumps(usual.as_json())))
+    for loss in (1.1, 7.0):
+        usual.see(torch.tensor(loss), 403)
+        again.see(torch.tensor(loss), 403)
+    assert usual.as_json() == again.as_json()
 
 
 def test_the_average_moves_every_parameter_and_copies_buffers() -> None:
@@ -240,7 +269,7 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path: Path) -> None:
     state = fresh()
     recipe = recipe_for(state.network)
     train(recipe, state, batches().since(0), [], 48)
-    saved = checkpoint.save_checkpoint(state, tmp_path, 3)
+    saved = checkpoint.save_checkpoint(state, tmp_path)
     train(recipe, state, batches().since(48), [], 96)
     other = fresh()
     checkpoint.load_checkpoint(other, saved)
@@ -256,7 +285,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
     tmp_path: Path, file: str, damage: str
 ) -> None:
     state = fresh()
-    older, newer = (checkpoint.save_checkpoint(state, tmp_path, step) for step in (1, 2))
+    older, newer = (save_as(state, tmp_path, step) for step in (1, 2))
     target = newer / f"{file}.safetensors"
     content = bytearray(target.read_bytes())
     content[-5] ^= 1
@@ -274,30 +303,103 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
         checkpoint.newest(tmp_path)
 
 
-def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def save_as(state: TrainState, folder: Path, step: int) -> Path:
+    state.step, state.images_seen = step, step * SIZE
+    return checkpoint.save_checkpoint(state, folder)
+
+
+def test_retention_keeps_the_newest_and_the_best_by_the_metric_asked_for(tmp_path: Path) -> None:
     state = fresh()
-    for step, loss in enumerate([0.5, 0.1, 0.4, 0.3, 0.2]):
-        state.validation_loss = loss
-        checkpoint.save_checkpoint(state, tmp_path, step)
+    for step, loss in enumerate([0.5, 0.1, math.nan, 0.3, 0.2]):
+        state.metrics = {"validation/loss": loss, "loss": -loss}
+        save_as(state, tmp_path, step)
         checkpoint.retain(tmp_path, 2)
     kept = [int(c.name[5:]) for c in checkpoint.checkpoints(tmp_path)]
     assert kept == [1, 3, 4]
     assert checkpoint.best(tmp_path) == tmp_path / "step-00000001"
+    assert checkpoint.best(tmp_path, "loss") == tmp_path / "step-00000003"
+    assert checkpoint.best(tmp_path, "epoch/loss") is None
+
+
+def test_retention_keeps_the_first_after_every_multiple(tmp_path: Path) -> None:
+    for step in range(12):
+        save_as(fresh(), tmp_path, step)
+        checkpoint.retain(tmp_path, 1, every_images=4 * SIZE)
+    assert [int(c.name[5:]) for c in checkpoint.checkpoints(tmp_path)] == [4, 8, 11]
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = fresh()
-    checkpoint.save_checkpoint(state, tmp_path, 1)
+    save_as(state, tmp_path, 1)
 
     def full(file: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save_checkpoint(state, tmp_path, 2)
+    wanted = r"No space left on device \([\d,]+ bytes needed, [\d,]+ free\); the one before"
+    with pytest.raises(TrainingError, match=wanted):
+        save_as(state, tmp_path, 2)
     assert [f.name for f in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoint.snapshot(fresh())
+    room = shutil.disk_usage(tmp_path)._replace(free=saved.bytes_needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    wanted = rf"\({saved.bytes_needed:,} bytes needed, {saved.bytes_needed - 1:,} free\)"
+    with pytest.raises(TrainingError, match=wanted):
+        checkpoint.write(saved, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["network", "average", "optimizer"])
+def test_what_is_not_finite_is_never_saved(tmp_path: Path, where: str) -> None:
+    state = fresh()
+    train(recipe_for(state.network), state, batches().since(0), [], 32)
+    assert state.average
+    tensors = {
+        "network": [*state.network.parameters()],
+        "average": [*state.average.network.parameters()],
+        "optimizer": [state.optimizer.state[next(state.network.parameters())]["exp_avg"]],
+    }[where]
+    with torch.no_grad():
+        tensors[0].view(-1)[0] = math.nan
+    with pytest.raises(TrainingError, match="is not finite after 32 images"):
+        checkpoint.save_checkpoint(state, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(tmp_path: Path) -> None:
+    state = fresh()
+    recipe = recipe_for(state.network)
+    saved = checkpoint.snapshot(state)
+    train(recipe, state, batches().since(0), [], 48)
+    again = fresh()
+    checkpoint.load_checkpoint(again, checkpoint.write(saved, tmp_path))
+    assert same(weights(again.network), weights(fresh().network))
+    assert again.images_seen == 0
+
+
+def test_of_two_things_in_the_background_the_second_waits_and_tells_how_the_first_failed() -> None:
+    background, gate, done = checkpoint.Background(), threading.Event(), []
+
+    def first() -> None:
+        gate.wait(10)
+        done.append("first")
+        raise TrainingError("full")
+
+    background.start(first)
+    threading.Timer(0.05, gate.set).start()
+    with pytest.raises(TrainingError, match="full"):
+        background.start(lambda: done.append("second"))
+    assert done == ["first"]
+    background.start(lambda: done.append("third"))
+    background.wait()
+    assert done == ["first", "third"]
 
 
 def test_labels_are_dropped_one_image_at_a_time_at_the_rate_asked_for() -> None:

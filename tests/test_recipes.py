@@ -173,7 +173,7 @@ def test_loss_aware_times_go_on_from_a_checkpoint_to_the_last_bit(tmp_path: Path
     train(recipe, whole, batches().since(0), [], 160)
     half, recipe = begun()
     train(recipe, half, batches().since(0), [], 80)
-    saved = checkpoint.save_checkpoint(half, tmp_path, 5)
+    saved = checkpoint.save_checkpoint(half, tmp_path)
     again, recipe = begun()
     checkpoint.load_checkpoint(again, saved)
     train(recipe, again, batches().since(80), [], 160)
@@ -237,7 +237,7 @@ def spread(recipe: Recipe) -> float:
 
 def test_a_checkpoint_without_what_was_learned_is_refused(tmp_path: Path) -> None:
     plain = with_learned()
-    saved = checkpoint.save_checkpoint(plain, tmp_path, 1)
+    saved = checkpoint.save_checkpoint(plain, tmp_path)
     assert "learned.safetensors" not in json.loads((saved / "manifest.json").read_text())["files"]
     with pytest.raises(CheckpointError, match=r"learned\.safetensors is missing"):
         checkpoint.load_checkpoint(with_learned(loss_aware(bins=4)), saved)

@@ -171,12 +171,30 @@ def test_a_resumed_run_has_the_digests_of_a_straight_one_and_a_copy_can_be_kept(
     assert digests(run)[:5] == digests(straight)[:5]
     assert [row["images"] for row in digests(run)] == [0, *DIGESTS]
     done = cli("reproduce", run.name, "--keep", "--root-for-copy", "kept", root=root)
-    assert "PASS: 4 digests equal up to 32 images\n" in done.stdout
-    assert "after 40 images resuming changed training.learning_rate\n" in done.stdout
+    assert "PASS: 7 digests equal up to 72 images\n" in done.stdout
     kept = the_run(root / "kept")
-    assert digests(kept) == digests(straight)[1:5]
+    assert digests(kept) == digests(run)[1:]
+    assert digests(kept)[5:] != digests(straight)[6:]
     shown = json.loads(cli("show", kept.name, "--json", "--root", "kept", root=root).stdout)
-    assert (shown["parent"], shown["status"], shown["images"]) == (run.name, "FINISHED", 32)
+    assert (shown["parent"], shown["status"], shown["images"]) == (run.name, "FINISHED", 72)
+
+
+@pytest.mark.slow
+def test_code_that_changed_before_a_resume_is_named_in_show_and_as_the_cause(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(the_run(root))
+    run = root / run_id(cli("train", *FOLDER, "training.stop_after_images=40", root=root))
+    with monkeypatch.context() as edited:
+        one_edited_source_file(root, edited)
+        changed = "code_sha256 after 40 images: "
+        assert f"changed {changed}" in cli("resume", run.name, root=root).stdout
+    shown = json.loads(cli("show", run.name, "--json", root=root).stdout)
+    assert shown["bit-comparable"] is False
+    assert [cause.startswith(changed) for cause in shown["because"]] == [True]
+    done = cli("reproduce", run.name, root=root, check=1)
+    assert "FAIL: they part at step 6 (48 images)" in done.stdout
+    assert re.findall("^likely  (.*: )", done.stdout, re.MULTILINE) == [changed]
 
 
 def digests(run: Path) -> list[dict[str, object]]:
@@ -187,7 +205,9 @@ def digests(run: Path) -> list[dict[str, object]]:
 @pytest.mark.slow
 def test_a_run_that_begins_again_has_one_beginning(golden: Path, root: Path) -> None:
     run = the_run(root)
-    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "checkpoints")  # as if killed before the first one
+    edit(run / "run.json", '"images_seen": 72', '"images_seen": 0')
+    edit(run / "run.json", '"status": "FINISHED"', '"status": "RUNNING"')
     cli("resume", run.name, "training.learning_rate=1e-3", "training.images=16", root=root)
     assert [row["images"] for row in digests(run)] == [0, 8, 16]
     assert "PASS: 2 digests" in cli("reproduce", run.name, root=root).stdout

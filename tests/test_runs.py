@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from rediffuse import runs
+from rediffuse import drift, runs
 from rediffuse.errors import RunError
-from rediffuse.runs import Run, create, environment, find_run, list_runs, locked, status_now
+from rediffuse.runs import (
+    Run,
+    create,
+    environment,
+    find_run,
+    last_heard,
+    list_runs,
+    locked,
+    status_now,
+)
 
 A, B, C = "abcdef0" + "1" * 25, "abcdef0" + "2" * 25, "123456" + "3" * 26
 
@@ -112,14 +122,71 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
 
 def test_drift_is_kept_with_where_it_began(root):
     run = Run(root / A)
-    run.note_drift({"training.learning_rate": (2e-4, 1e-4)}, 640)
-    run.note_drift({}, 1280)
-    run.note_drift({"seed": (1, 2)}, 1920)
-    lines = map(json.loads, (run.logs / "drift.jsonl").read_text().splitlines())
-    assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == [
-        {"images": 640, "training.learning_rate": [2e-4, 1e-4]},
-        {"images": 1920, "seed": [1, 2]},
+    run.environment.write_text(json.dumps(here(threads=1)))
+    drift.note(run, {"training.learning_rate": (2e-4, 1e-4)}, here(threads=2), 640)
+    drift.note(run, {}, here(threads=2), 1280)
+    drift.note(run, {"rate.name": ("a", "b")}, here(threads=2, code="new"), 1920)
+    assert drift.read(run) == [
+        (640, {"training.learning_rate": (2e-4, 1e-4)}, {"torch.threads": (1, 2)}),
+        (1920, {"rate.name": ("a", "b")}, {"code_sha256": ("old", "new")}),
     ]
+    assert drift.reasons(run) == [
+        "training.learning_rate after 640 images: 0.0002, then 0.0001",
+        "torch.threads after 640 images: 1, then 2",
+        "rate.name after 1,920 images: a, then b",
+        "code_sha256 after 1,920 images: old, then new",
+    ]
+
+
+def test_drift_behind_which_training_went_back_counts_from_there(root):
+    run = Run(root / A)
+    run.environment.write_text(json.dumps(here(threads=1)))
+    drift.note(run, {"rate.name": ("a", "b")}, here(threads=2), 640)
+    drift.note(run, {"rate.name": ("b", "c"), "x": (1, 2)}, here(threads=1), 1280)
+    drift.note(run, {"x": (2, 1)}, here(threads=1, code="new"), 320)
+    assert drift.read(run) == [(320, {"rate.name": ("a", "c")}, {"code_sha256": ("old", "new")})]
+
+
+def test_what_decides_no_bit_is_kept_and_is_no_reason(root):
+    run = Run(root / A)
+    run.environment.write_text(json.dumps({"packages": {"rich": "1", "torch": "2"}}))
+    drift.note(run, {}, {"packages": {"rich": "2", "torch": "2"}, "platform": "x"}, 640)
+    assert drift.read(run) == [(640, {}, {"packages.rich": ("1", "2"), "platform": (None, "x")})]
+    assert drift.reasons(run) == []
+
+
+def here(threads, code="old"):
+    return {"torch": {"threads": threads, "version": "2"}, "code_sha256": code}
+
+
+def test_a_writer_shows_that_it_lives_and_a_silent_one_is_told_apart(root, monkeypatch):
+    run = Run(root / A)
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.01)
+    with owner(run):
+        assert status_now(run) == "RUNNING"
+        os.utime(run.directory / ".owner", (0, 0))
+        assert status_now(run) == "silent"
+    with locked(run):
+        os.utime(run.directory / ".owner", (0, 0))
+        deadline = time.monotonic() + 10
+        while last_heard(run) == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - last_heard(run) < 10
+    assert status_now(run) == "stale"
+
+
+def test_a_run_is_there_with_all_its_files_or_not_at_all(tmp_path, monkeypatch):
+    files = {"config.yaml": b"seed: 0", "environment.json": b"{}"}
+    run = create(tmp_path, files=files)
+    assert {name: (run.directory / name).read_bytes() for name in files} == files
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        create(tmp_path, files=files)
+    assert [path.name for path in tmp_path.iterdir()] == [run.id]
 
 
 def test_an_update_that_is_killed_half_way_leaves_the_old_record(root, monkeypatch):

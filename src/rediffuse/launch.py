@@ -3,13 +3,14 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from rediffuse import build, runs
+from rediffuse import build, drift, runs
 from rediffuse.config.compose import (
     changes,
     checked,
@@ -21,7 +22,7 @@ from rediffuse.config.compose import (
 )
 from rediffuse.config.schema import Config
 from rediffuse.data.batches import Batches
-from rediffuse.errors import RunError
+from rediffuse.errors import RunError, TrainingError
 from rediffuse.images import Images, prepare
 from rediffuse.legality import check
 from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
@@ -36,6 +37,7 @@ from rediffuse.session import (
 )
 from rediffuse.tracking import mlflow
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.tracking.tracker import redacted
 from rediffuse.training import checkpoint, hooks
 from rediffuse.training.average import Average
 from rediffuse.training.devices import PRECISIONS, Devices, choose, set_determinism
@@ -67,13 +69,10 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     config = _resolved(config, images, exactness)
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
-    run = _created(config, home, parent, devices)
-    with _writing(run, devices):
-        if devices.is_main:
-            run.config.write_text(dump_yaml(config))
-            facts = {**runs.environment(), "rng_scheme": RNG_SCHEME, "data": images.facts()}
-            write_atomically(run.environment, json.dumps(facts, indent=1).encode())
-        return _go(run, config, images, recipe, state)
+    with closing(hooks.Interrupts()) as interrupts:
+        run = _created(config, home, parent, devices, images)
+        with _writing(run, devices):
+            return _go(run, config, images, recipe, state, interrupts)
 
 
 def resume(
@@ -92,7 +91,7 @@ def resume(
     refuse_groups(typed, tree)
     set_values(tree, typed)
     config = checked(tree)
-    drift = changes(old, config)
+    changed = changes(old, config)
     check(config, trusted)
     devices = choose(config.device)
     set_determinism(
@@ -101,18 +100,27 @@ def resume(
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
     state, recipe = fresh(config, images, devices, trusted)
-    with _writing(run, devices):
+    with closing(hooks.Interrupts()) as interrupts, _writing(run, devices):
+        record = run.read()
         if newest := checkpoint.newest(run.checkpoints, say):
             checkpoint.load_checkpoint(state, newest)
-        if state.images_seen >= planned_images(config, images.per_epoch):
+        elif record.images_seen:
+            raise RunError(
+                f"run {run.id} has seen {record.images_seen:,} images, and there is no checkpoint "
+                f"in {run.checkpoints}; put them back, or start a new run"
+            )
+        planned = planned_images(config, images.per_epoch)
+        if state.images_seen >= planned and record.status == "FINISHED":
             say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
             say(f"to go on: {longer(run, config)}")
             send_what_is_missing(run, config)
             return 0
         if devices.is_main:
             write_atomically(run.config, dump_yaml(config).encode())
-            run.note_drift(drift, state.images_seen)
-        return _go(run, config, images, recipe, state)
+            found = drift.note(run, changed, surroundings(images, devices), state.images_seen)
+            for line in found.told(found.decisive):
+                say(f"changed {line}")
+        return _go(run, config, images, recipe, state, interrupts)
 
 
 def load_config(run: Run) -> Config:
@@ -174,7 +182,6 @@ def fresh(
         input_perturbation=training.input_perturbation,
         time_strata=training.time_strata,
         precision=PRECISIONS[training.precision],
-        non_finite_limit=training.non_finite_limit,
     )
     return state, recipe
 
@@ -186,22 +193,34 @@ def _average(config: Config, network: nn.Module) -> Average | None:
     return Average(network, half_life_images=half_life, warm_up=config.average.warm_up)
 
 
-def _go(run: Run, config: Config, images: Images, recipe: Recipe, state: TrainState) -> int:
+def _go(
+    run: Run,
+    config: Config,
+    images: Images,
+    recipe: Recipe,
+    state: TrainState,
+    interrupts: hooks.Interrupts,
+) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
     session = Session(run, config, images, recipe)
-    session.begin(state)
-    interrupts = hooks.Interrupts()
     status: runs.Status = "FAILED"
     try:
+        session.begin(state)
         steps = batches_of(config, images, recipe.devices).since(state.images_seen)
         reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
         session.save(state)
-        status = "KILLED" if interrupts.received else "FINISHED"
+        session.saved()
+        stopped_by = interrupts.received
+        status = "KILLED" if stopped_by else "FINISHED"
+    except OSError as failed:
+        raise TrainingError(
+            f"{failed.filename or run.directory}: {failed.strerror or failed}; the last checkpoint "
+            f"is untouched: mend that, then rediffuse resume {run.id}"
+        ) from failed
     finally:
-        interrupts.close()
         session.end(state, status)
     session.farewell(state, reason)
-    return EXIT_CODES[interrupts.received.name] if interrupts.received else 0
+    return EXIT_CODES[stopped_by.name] if stopped_by else 0
 
 
 def batches_of(config: Config, images: Images, devices: Devices) -> Batches:
@@ -231,13 +250,31 @@ def batches_of(config: Config, images: Images, devices: Devices) -> Batches:
 _ON_DEVICE_BYTES = 16 * 2**30
 
 
-def _created(config: Config, root: Path, parent: str | None, devices: Devices) -> Run:
+def surroundings(images: Images, devices: Devices) -> dict[str, Any]:
+    """Everything around a run that bits may depend on: images, code, packages, machine."""
+    return {
+        **runs.environment(),
+        "rng_scheme": RNG_SCHEME,
+        "device": devices.device.type,
+        "ranks": devices.ranks,
+        "data": images.facts(),
+    }
+
+
+def _created(
+    config: Config, root: Path, parent: str | None, devices: Devices, images: Images
+) -> Run:
     """Make the run, under MLflow's id where MLflow is asked for; every rank gets the same."""
     run_id = None
     if devices.is_main and "mlflow" in config.tracking.trackers:
         run_id = mlflow.create_run(root, config.tracking.experiment, config.name, say)
     if devices.is_main:
-        run_id = runs.create(root, run_id, name=config.name, parent=parent, command=sys.argv).id
+        facts = json.dumps(surroundings(images, devices), indent=1)
+        files = {"config.yaml": dump_yaml(config).encode(), "environment.json": facts.encode()}
+        command = [redacted(word) for word in sys.argv]
+        run_id = runs.create(
+            root, run_id, name=config.name, parent=parent, command=command, files=files
+        ).id
     return Run(root / devices.agree(run_id))
 
 
@@ -248,9 +285,10 @@ def _writing(run: Run, devices: Devices) -> Iterator[None]:
 
 
 def _check_same_images(run: Run, images: Images) -> None:
-    known = json.loads(run.environment.read_text())["data"]
-    if known != images.facts():
-        differing = [key for key, value in images.facts().items() if known.get(key) != value]
+    known, found = drift.began(run).get("data"), images.facts()
+    if known != found:
+        before = known if isinstance(known, dict) else {}
+        differing = [key for key, value in found.items() if before.get(key) != value]
         raise RunError(
             f"the images are not those that run {run.id} was trained on ({', '.join(differing)} "
             "changed); restore them, or start a new run with parent_run_id"

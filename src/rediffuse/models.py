@@ -63,7 +63,7 @@ def load(
     set_determinism(config.determinism, chosen_device, threads)
     names = tuple(json.loads(run.environment.read_text())["data"]["class_names"])
     network = build.network(config, len(names), trusted)
-    chosen = _checkpoint(run, which)
+    chosen = _checkpoint(run, which, config.training.best_metric)
     weights = weights if config.average.half_life_images else "raw"
     checkpoint.load_weights(network, chosen, weights)
     denoiser = build.denoiser(config, network.to(chosen_device).eval(), trusted)
@@ -89,12 +89,12 @@ def find(word: str | Path, root: Path | None = None) -> Run:
     return runs.find_run(runs.runs_root(root), word)
 
 
-def _checkpoint(run: Run, which: str) -> Path:
-    """Latest, best, or the step of that number."""
+def _checkpoint(run: Run, which: str, metric: str) -> Path:
+    """Latest, best by a metric, or the step of that number."""
     if which == "latest":
-        found = checkpoint.newest(run.checkpoints, print)
+        found = checkpoint.newest(run.checkpoints, print, set_aside=False)
     elif which == "best":
-        found = checkpoint.best(run.checkpoints)
+        found = checkpoint.best(run.checkpoints, metric)
     else:
         number = which.removeprefix("step-")
         found = run.checkpoints / f"step-{int(number):08d}" if number.isdecimal() else None

@@ -1,14 +1,15 @@
 """What `runs` and `show` tell."""
 
-import json
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from rediffuse.config.compose import leaves, read_yaml
+from rediffuse import drift
+from rediffuse.config.compose import checked, leaves, read_yaml
 from rediffuse.errors import RediffuseError
-from rediffuse.runs import Run, status_now
+from rediffuse.runs import Run, last_heard, status_now
 from rediffuse.tracking.jsonl import read_metrics
 from rediffuse.training.checkpoint import best, checkpoints
 
@@ -33,8 +34,9 @@ def brief(run: Run) -> dict[str, Any]:
 
 def full(run: Run) -> dict[str, Any]:
     """Everything worth knowing about a run, as plain data."""
-    environment = json.loads(run.environment.read_text())
-    spared = best(run.checkpoints)
+    environment, config = drift.began(run), checked(read_yaml(run.config))
+    spared = best(run.checkpoints, config.training.best_metric)
+    heard, parted = last_heard(run), drift.reasons(run)
     return {
         **brief(run),
         "directory": str(run.directory),
@@ -42,11 +44,14 @@ def full(run: Run) -> dict[str, Any]:
         "command": list(run.read().command),
         "checkpoints": [checkpoint.name for checkpoint in checkpoints(run.checkpoints)],
         "best checkpoint": spared.name if spared else None,
-        "data": environment["data"],
-        "drift": [json.loads(line) for line in _lines(run)],
-        "code": environment["git"],
-        "torch": environment["torch"]["version"],
-        "config": leaves(read_yaml(run.config)),
+        "last heard": heard and f"{datetime.fromtimestamp(heard, UTC):%Y-%m-%dT%H:%M:%S}",
+        "data": environment.get("data"),
+        "code": environment.get("git"),
+        "torch": leaves(environment).get("torch.version"),
+        "drift": [told for line in drift.read(run) for told in line.told(line.everything)],
+        "bit-comparable": not parted and config.determinism == "exact",
+        "because": parted or f"determinism={config.determinism}, nothing changed on the way",
+        "config": leaves(config.model_dump()),
     }
 
 
@@ -81,8 +86,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return "" if value is None else f"{value:,}" if type(value) is int else str(value)
-
-
-def _lines(run: Run) -> list[str]:
-    drift = run.logs / "drift.jsonl"
-    return drift.read_text().splitlines() if drift.exists() else []

@@ -7,48 +7,45 @@ holds the exact loss and digests of weights, average and moments after some step
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from rediffuse import runs
+from rediffuse import drift, runs
 from rediffuse.config.compose import checked, dump_yaml, leaves
 from rediffuse.config.schema import Config
 from rediffuse.data.packing import Packed
+from rediffuse.drift import Drift
 from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
-from rediffuse.launch import EXIT_CODES, batches_of, fresh, load_config
+from rediffuse.launch import EXIT_CODES, batches_of, fresh, load_config, surroundings
 from rediffuse.legality import check
-from rediffuse.randomness import RNG_SCHEME
 from rediffuse.runs import Run
 from rediffuse.session import beginning, say
 from rediffuse.tracking.jsonl import append, lines_since, write_atomically
 from rediffuse.training import checkpoint, hooks
-from rediffuse.training.devices import choose, set_determinism
+from rediffuse.training.devices import Devices, choose, set_determinism
 from rediffuse.training.loop import Stop
 from rediffuse.training.loop import train as loop
 from rediffuse.training.state import TrainState
+from rediffuse.training.step import Recipe
 
 Row = dict[str, Any]
-
-# What of `environment.json` decides bits.
-_DECISIVE = (
-    "data", "rng_scheme", "code_sha256", "python", "packages.torch", "packages.numpy",
-    "torch", "cpu.model", "gpus", "gpu_driver",
-)  # fmt: skip
+Tree = dict[str, Any]
 
 
 class Record(NamedTuple):
     """What a run wrote down to be compared with."""
 
     began: Row
-    rows: list[Row]  # up to where resuming changed how it trains
-    changed: frozenset[str]  # the keys that any resuming changed
-    changed_at: int | None  # the images seen when the first one did
+    rows: list[Row]
+    parts: list[tuple[int, Config]]  # how it trained, and the images seen where that began
+    drifts: list[Drift]
 
     @property
     def batch_size(self) -> int:
@@ -112,7 +109,7 @@ def reproduce(
     """
     run = runs.find_run(runs.runs_root(root), word)
     record = read_record(run)
-    config = _as_it_began(load_config(run), record)
+    config = record.parts[0][1]
     rows = [r for r in record.rows if not steps or r["images"] <= steps * record.batch_size]
     if not rows:
         raise RunError(f"run {run.id} has no digests of its first steps in {run.digests}")
@@ -120,14 +117,12 @@ def reproduce(
     devices = choose(config.device)
     if devices.ranks > 1:
         raise RunError("reproduce compares one process; start it without torchrun or accelerate")
-    set_determinism(
-        config.determinism, devices.device, config.threads, compiled=config.training.compile
-    )
+    _set_up(config, devices)
     images = prepare(config.data, run.directory.parent, trusted)
     state, recipe = fresh(config, images, devices, trusted)
-    now = _facts(images)
+    now = surroundings(images, devices)
     differing = differences(
-        {**_environment(run), "began": _plain(record.began)},
+        {**drift.began(run), "began": _plain(record.began)},
         {**now, "began": _plain(beginning(config, recipe))},
         own_parts=bool(trusted),
     )
@@ -135,23 +130,27 @@ def reproduce(
         f"data.{part}: its packed pixels are not those of the fingerprint"
         for part in damaged(images.packed)
     ]
-    interrupts = hooks.Interrupts()
     say(f"run     {run.id}, {len(rows)} digests up to {rows[-1]['images']:,} images")
     for line in differing:
         say(f"differs {line}")
-    try:
-        with _copied(run, config, now, copy_root or run.directory.parent, keep) as copy:
-            compare = _Comparison(rows, copy)
-            batches = batches_of(config, images, devices).since(0)
-            loop(recipe, state, batches, [compare, interrupts], rows[-1]["images"])
-            if keep:
-                step = state.images_seen // config.training.batch_size
-                checkpoint.save_checkpoint(state, copy.checkpoints, step)
-                ended: runs.Status = "KILLED" if interrupts.received else "FINISHED"
-                copy.update(images_seen=state.images_seen, status=ended)
-                say(f"copy    {copy.id} in {copy.directory}")
-    finally:
-        interrupts.close()
+    with (
+        closing(hooks.Interrupts()) as interrupts,
+        _copied(run, config, now, copy_root or run.directory.parent, keep) as copy,
+    ):
+        compare = _Comparison(rows, copy)
+        ends = [*(images_seen for images_seen, _ in record.parts[1:]), rows[-1]["images"]]
+        for (_, part), end in zip(record.parts, ends, strict=True):
+            if part is not config:
+                state, recipe = _gone_on(state, part, images, devices, copy, trusted)
+            batches = batches_of(part, images, devices).since(state.images_seen)
+            loop(recipe, state, batches, [compare, interrupts], min(end, rows[-1]["images"]))
+            if compare.parted or interrupts.received:
+                break
+        if keep:
+            checkpoint.save_checkpoint(state, copy.checkpoints)
+            ended: runs.Status = "KILLED" if interrupts.received else "FINISHED"
+            copy.update(images_seen=state.images_seen, status=ended)
+            say(f"copy    {copy.id} in {copy.directory}")
     if interrupts.received and not compare.parted and compare.equal < len(rows):
         say(f"{interrupts.received.name} received: {compare.equal} of {len(rows)} digests equal")
         return EXIT_CODES[interrupts.received.name]
@@ -159,24 +158,28 @@ def reproduce(
 
 
 def read_record(run: Run) -> Record:
-    """Read a run's digests, as far as they are of one way to train.
+    """Read a run's digests, and how it trained from where to where.
 
     Raises:
         RunError: if there are none, or not from the beginning on.
     """
     lines = [line for line, _ in lines_since(run.digests, 0)]
-    config = lines[0].get("config") if lines else None
-    size = config.get("training.batch_size") if isinstance(config, dict) else None
+    began = lines[0].get("config") if lines else None
+    began = began if isinstance(began, dict) else {}
+    size = began.get("training.batch_size")
     if not isinstance(size, int) or size < 1 or len(lines) < 2:
         raise RunError(
             f"run {run.id} has no digests from its first step on in {run.digests}; only a run "
             "that wrote them can be compared"
         )
-    drift = [line for line, _ in lines_since(run.logs / "drift.jsonl", 0) if line["images"]]
-    changed = frozenset(key for line in drift for key in line if key not in _KEYS)
-    until = min((line["images"] for line in drift), default=None)
-    rows = [row for row in lines[1:] if until is None or row["images"] <= until]
-    return Record(lines[0], rows, changed, until)
+    drifts = drift.read(run)
+    tree, parts = _undisturbed(load_config(run)), []
+    for line in reversed(drifts):
+        if line.config and line.images_seen:  # with 0 the run began anew
+            parts.append((line.images_seen, checked(tree)))
+            tree = _undone(tree, line.config, began)
+    parts.append((0, checked(tree)))
+    return Record(lines[0], lines[1:], parts[::-1], drifts)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], own_parts: bool) -> list[str]:
@@ -185,13 +188,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], own_parts: bool
     The checkout that a process stands in matters only to parts of the user's own.
     """
     known, found = leaves(then), leaves(now)
-    decisive = ("began", *_DECISIVE, *(("git",) if own_parts else ()))
+    others = ("began.", "data.", *(("git.",) if own_parts else ()))
     return [
-        f"{key.removeprefix('began.').removeprefix('config.')}: {_short(known.get(key))}, "
-        f"now {_short(found.get(key))}"
+        f"{key.removeprefix('began.').removeprefix('config.')}: {drift.short(known.get(key))}, "
+        f"now {drift.short(found.get(key))}"
         for key in dict.fromkeys((*known, *found))
-        if f"{key}.".startswith(tuple(f"{name}." for name in decisive))
-        and known.get(key) != found.get(key)
+        if (key.startswith(others) or drift.decides(key)) and known.get(key) != found.get(key)
     ]
 
 
@@ -213,33 +215,47 @@ def _sha256(images: np.ndarray, labels: np.ndarray) -> str:
     return found.hexdigest()
 
 
-def _as_it_began(config: Config, record: Record) -> Config:
-    """Take back what resuming changed; nothing is shown, sent or stopped early."""
-    tree, began = config.model_dump(), record.began["config"]
-    for key in record.changed:
-        *sections, last = key.split(".")
-        at = tree
-        for section in sections:
-            at = at.get(section, {})
-        if key in began:
-            at[last] = began[key]
-        else:
-            at.pop(last, None)
+def _set_up(config: Config, devices: Devices) -> None:
+    compiled = config.training.compile
+    set_determinism(config.determinism, devices.device, config.threads, compiled=compiled)
+
+
+def _gone_on(
+    state: TrainState,
+    config: Config,
+    images: Images,
+    devices: Devices,
+    copy: Run,
+    trusted: Sequence[str],
+) -> tuple[TrainState, Recipe]:
+    """The same state in a recipe that resuming changed, by way of a checkpoint as there."""
+    _set_up(config, devices)
+    again, recipe = fresh(config, images, devices, trusted)
+    checkpoint.load_checkpoint(again, checkpoint.save_checkpoint(state, copy.checkpoints))
+    return again, recipe
+
+
+def _undisturbed(config: Config) -> Tree:
+    """Nothing is shown, sent or stopped early."""
+    tree = config.model_dump()
     tree["training"] |= {"stop_after_images": None, "previews": False}
     tree["tracking"]["trackers"] = []
-    return checked(tree)
+    return tree
 
 
-def _facts(images: Images) -> dict[str, Any]:
-    return {**runs.environment(), "rng_scheme": RNG_SCHEME, "data": images.facts()}
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    try:
-        known: dict[str, Any] = json.loads(run.environment.read_bytes())
-        return {**known}  # a TypeError for what is no mapping
-    except (OSError, ValueError, TypeError) as broken:
-        raise RunError(f"{run.environment} cannot be read ({broken}); restore it") from None
+def _undone(tree: Tree, changes: drift.Changes, began: Collection[str]) -> Tree:
+    """A configuration before it was changed on the way; arguments that a part had not go again."""
+    before = deepcopy(tree)
+    for key, (was, _) in changes.items():
+        *sections, last = key.split(".")
+        at = before
+        for section in sections:
+            at = at[section]
+        if was is None and key not in began:
+            del at[last]
+        else:
+            at[last] = was
+    return before
 
 
 def _plain(row: Mapping[str, Any]) -> Row:
@@ -270,9 +286,6 @@ def _copied(
 def _verdict(compare: _Comparison, config: Config, record: Record, differing: list[str]) -> int:
     if not compare.parted:
         say(f"PASS: {compare.equal} digests equal up to {compare.before:,} images")
-        if record.changed_at is not None:
-            keys = ", ".join(sorted(record.changed))
-            say(f"not compared: after {record.changed_at:,} images resuming changed {keys}")
         return 0
     images, size = compare.row["images"], record.batch_size
     say(
@@ -280,13 +293,11 @@ def _verdict(compare: _Comparison, config: Config, record: Record, differing: li
         f"{', '.join(compare.parted)}; equal up to step {compare.before // size}"
     )
     causes = list(differing)
+    for line in record.drifts:
+        if line.images_seen < images:  # the configuration was followed, the rest cannot be
+            causes += line.told({k: v for k, v in line.decisive.items() if k not in line.config})
     if config.determinism == "fast":
         causes.append("determinism=fast, which leaves the choice of kernels to torch")
-    for line in causes or ["another machine or nondeterministic kernels"]:
-        say(f"likely  {line}")
+    for cause in causes or ["another machine or nondeterministic kernels"]:
+        say(f"likely  {cause}")
     return 1
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 48 else f"{text[:16]}..."

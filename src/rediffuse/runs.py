@@ -4,10 +4,13 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +22,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rediffuse.errors import RunError
-from rediffuse.tracking.jsonl import append, write_atomically
+from rediffuse.tracking.jsonl import write_atomically
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -126,11 +129,6 @@ class Run:
         _write(self, record)
         return record
 
-    def note_drift(self, changes: Mapping[str, tuple[Any, Any]], images_seen: int) -> None:
-        """Append what a resumed process changed, old and new, to `logs/drift.jsonl`."""
-        if changes:
-            append(self.logs / "drift.jsonl", images_seen, changes)
-
 
 def runs_root(option: Path | None) -> Path:
     """Where runs live: `--root`, else `$REDIFFUSE_ROOT`, else `./runs`; absolute."""
@@ -144,8 +142,9 @@ def create(
     name: str | None = None,
     parent: str | None = None,
     command: Sequence[str] = (),
+    files: Mapping[str, bytes] | None = None,
 ) -> Run:
-    """Make a run's directory and record; without an id it gets a new one.
+    """Make a run's directory with its record and `files`, all at once; without an id it gets one.
 
     Raises:
         RunError: if there is such a run already.
@@ -156,12 +155,23 @@ def create(
     run = Run(root / run_id)
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
     record = Record(id=run_id, name=name, created=created, parent=parent, command=tuple(command))
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(".building-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
+    building = Run(root / f".building-{run_id}")
     try:
-        run.directory.mkdir(parents=True)
+        building.logs.mkdir(parents=True)
+        for file, content in (files or {}).items():
+            write_atomically(building.directory / file, content)
+        _write(building, record)
+        if run.directory.exists():
+            raise FileExistsError
+        building.directory.rename(run.directory)
     except FileExistsError:
         raise RunError(f"{run.directory} exists already; a run is created once") from None
-    run.logs.mkdir()
-    _write(run, record)
+    finally:
+        shutil.rmtree(building.directory, ignore_errors=True)
     return run
 
 
@@ -207,18 +217,68 @@ def locked(run: Run) -> Iterator[None]:
     with held:
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
+        _sweep(run)
         write_atomically(run.directory / ".owner", owner.encode())
-        yield
+        with _heartbeat(run.directory / ".owner"):
+            yield
 
 
+_ABANDONED_S = 3600.0
 # A look at the status holds the lock for an instant, which must not turn a writer away.
 _LOCK_S = 0.5
+HEARTBEAT_S, SILENT_S = 10.0, 60.0
 
 
 def status_now(run: Run) -> str:
-    """The status in `run.json`, or `stale` for a run that says RUNNING and has no process."""
+    """The status in `run.json`, or `stale` for a run that says RUNNING and has no process.
+
+    It is `silent` if a process holds the run and has shown no sign of life for a minute: it is
+    stopped, or on another machine whose locks are not seen here.
+    """
     status = run.read().status
-    return "stale" if status == "RUNNING" and _is_free(run) else status
+    if status != "RUNNING":
+        return status
+    if _is_free(run):
+        return "stale"
+    heard = last_heard(run)
+    return "silent" if heard is not None and time.time() - heard > SILENT_S else status
+
+
+def last_heard(run: Run) -> float | None:
+    """When the last writer of a run showed that it lives, in Unix seconds."""
+    try:
+        return (run.directory / ".owner").stat().st_mtime
+    except OSError:
+        return None
+
+
+def _sweep(run: Run) -> None:
+    """Remove what a killed writer left half-made; a sampling job's own folder is not looked into."""
+    for folder in (run.directory, run.logs, run.samples):
+        for left in folder.glob(".*"):
+            if left.name not in (".lock", ".owner") and left.is_file():
+                left.unlink(missing_ok=True)
+    for half in (*run.checkpoints.glob(".building-*"), *run.checkpoints.glob(".trash-*")):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+@contextmanager
+def _heartbeat(file: Path) -> Iterator[None]:
+    """Touch a file now and then, for as long as this lasts."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            with suppress(OSError):
+                os.utime(file)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def environment() -> dict[str, Any]:

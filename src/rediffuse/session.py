@@ -9,14 +9,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from rediffuse import drawing
 from rediffuse.config.compose import leaves
 from rediffuse.config.schema import FREE, Config
 from rediffuse.data.batches import Batch, fixed
+from rediffuse.errors import RediffuseError
 from rediffuse.images import Images
 from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
+from rediffuse.randomness import order
 from rediffuse.runs import Run, Status
 from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.console import Console
@@ -37,6 +40,9 @@ class Session:
         self.run, self.config, self.images, self.recipe = run, config, images, recipe
         self.planned = planned_images(config, images.per_epoch)
         self._main = recipe.devices.is_main
+        self._saving = checkpoint.Background()
+        self._saved_step: int | None = None
+        self._spikes, self._begun = 0.0, False
         self._validation = self._held_out()
         self._last_preview: int | None = None
 
@@ -44,12 +50,14 @@ class Session:
         """Open the record where the state is, and say what is going to happen."""
         if not self._main:
             return
-        parent = self.run.update(status="RUNNING").parent
-        trackers = trackers_of(self.config, self.run, parent)
+        self._saved_step, self._spikes = state.step or None, state.usual_loss.spikes.item()
+        trackers = trackers_of(self.config, self.run, self.run.read().parent)
         self._console = Console(self.planned, state.images_seen)
         params, tell = self.config.model_dump(), self._console.say
         self._journal = Journal(self.run.directory, trackers, params, tell)
         self._journal.start(state.images_seen)
+        self._begun = True
+        self.run.update(status="RUNNING")
         cut_back(self.run.digests, state.images_seen or -1)  # a new beginning leaves no line
         if state.images_seen == 0:
             append(self.run.digests, 0, beginning(self.config, self.recipe))
@@ -61,8 +69,10 @@ class Session:
         epoch = self.images.per_epoch
         now_and_then = max(epoch, self.planned // 20)
         when = partial(every, batch_size=size)
+        often = training.log_every_images or min(50 * size, epoch)
         looking: list[Hook] = [
-            when(training.log_every_images or min(50 * size, epoch), hook=hooks.log(self._record)),
+            hooks.non_finite(self._fault, training.non_finite_limit),
+            when(often, hook=hooks.log(self._record)),
             when(epoch, hook=hooks.log_epoch(self._record, epoch)),
         ]
         if self._validation:
@@ -71,6 +81,7 @@ class Session:
         if self._main:
             previews = training.preview_every_images or now_and_then
             saves = training.checkpoint_every_images or now_and_then
+            looking.append(when(often, hook=hooks.spikes(say, self._spikes)))
             looking.append(hooks.digest(self._digest, size, saves, self.planned))
             if training.previews:
                 looking.append(when(previews, hook=lambda state, _: self.preview(state)))
@@ -82,15 +93,31 @@ class Session:
         return looking
 
     def save(self, state: TrainState) -> None:
-        """Commit a checkpoint, unless this very step has one, and let old ones go."""
-        step = state.images_seen // self.config.training.batch_size
-        folder = self.run.checkpoints
-        saved = checkpoint.checkpoints(folder)
-        if not self._main or (saved and saved[-1].name == f"step-{step:08d}"):
+        """Begin to commit a checkpoint, unless this very step has one, and let old ones go.
+
+        Training goes on meanwhile; a second checkpoint waits for the first, and raises its error.
+        """
+        if not self._main or self._saved_step == state.step:
             return
-        checkpoint.save_checkpoint(state, folder, step)
-        checkpoint.retain(folder, self.config.training.keep_checkpoints)
-        self.run.update(images_seen=state.images_seen)
+        self._saving.wait()  # before there is a second copy of everything
+        saved, training = checkpoint.snapshot(state), self.config.training
+        self._saved_step = state.step
+
+        def commit() -> None:
+            checkpoint.write(saved, self.run.checkpoints)
+            checkpoint.retain(
+                self.run.checkpoints,
+                training.keep_checkpoints,
+                every_images=training.keep_every_images,
+                metric=training.best_metric,
+            )
+            self.run.update(images_seen=saved.images_seen)
+
+        self._saving.start(commit)
+
+    def saved(self) -> None:
+        """Wait until the last checkpoint is there; raise what kept it from being written."""
+        self._saving.wait()
 
     def preview(self, state: TrainState) -> None:
         """Draw the same images as every time, from the averaged weights, into one picture."""
@@ -113,6 +140,17 @@ class Session:
     def end(self, state: TrainState, status: Status) -> None:
         """Settle the record, however training ended."""
         if not self._main:
+            return
+        with suppress(RediffuseError, OSError):  # of two failures the first is told
+            self._saving.wait()
+        try:
+            self._settle(state, status)
+        except OSError as failed:
+            say(f"{failed.filename}: {failed.strerror}; this run's record is not settled")
+
+    def _settle(self, state: TrainState, status: Status) -> None:
+        if not self._begun:
+            self.run.update(status=status)
             return
         self._console.close()
         if status == "FINISHED" and state.images_seen >= self.planned:
@@ -165,6 +203,14 @@ class Session:
         self._console.metrics(
             {name: shown[name] for name in ("loss", "held out") if name in shown}, images_seen
         )
+
+    def _fault(self, values: dict[str, Any], images_seen: int) -> None:
+        """Write down a step that was skipped, with the rows of the packed images that it saw."""
+        if not self._main:
+            return
+        places = order(torch.tensor(values["samples"]), self.images.per_epoch, self.config.seed)
+        rows = self.images.train_rows[places.numpy()]
+        append(self.run.logs / "non_finite.jsonl", images_seen, {**values, "rows": rows.tolist()})
 
     def _digest(self, digests: dict[str, str], images_seen: int) -> None:
         append(self.run.digests, images_seen, digests)

@@ -79,6 +79,8 @@ class Training(Section):
     preview_count: PositiveInt = 64
     validation_images: PositiveInt = 1024
     keep_checkpoints: PositiveInt = 2
+    keep_every_images: PositiveInt | None = None
+    best_metric: Literal["validation/loss", "loss", "epoch/loss"] = "validation/loss"
     early_stopping_checks: PositiveInt | None = None
     non_finite_limit: PositiveInt = 20
 
@@ -133,7 +135,7 @@ class Config(Section):
     seed: Seed = 0
     device: str = "auto"
     determinism: Literal["auto", "exact", "fast"] = "auto"
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     sigma_data: PositiveFloat | None = None
     learned_variance: bool = False
     model: Part
@@ -154,15 +156,17 @@ class Config(Section):
 
 # What a resumed run may change (DESIGN: free, declared, fixed). Prefixes of full keys.
 FREE = (
-    "name", "device", "threads", "data.on_device", "data.workers", "data.path", "data.root",
-    "training.epochs", "training.images", "training.stop_after_images", "training.compile",
+    "name", "data.on_device", "data.workers", "data.path", "data.root",
+    "training.epochs", "training.images", "training.stop_after_images",
     "training.log_every_images", "training.validate_every_images", "training.preview_every_images",
     "training.checkpoint_every_images", "training.previews", "training.preview_count",
-    "training.keep_checkpoints", "training.early_stopping_checks", "training.non_finite_limit",
+    "training.keep_checkpoints", "training.keep_every_images", "training.best_metric",
+    "training.early_stopping_checks", "training.non_finite_limit",
     "sampling", "tracking",
 )  # fmt: skip
 DECLARED = (
-    "determinism", "optimizer", "rate", "average", "training.batch_size", "training.accumulation",
-    "training.learning_rate", "training.clip_norm", "training.precision", "training.label_dropout",
+    "determinism", "device", "threads", "optimizer", "rate", "average",
+    "training.batch_size", "training.accumulation", "training.learning_rate", "training.clip_norm",
+    "training.precision", "training.compile", "training.label_dropout",
     "training.validation_images",
 )  # fmt: skip

@@ -10,54 +10,129 @@ A folder without a manifest that verifies is not a checkpoint.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from rediffuse.errors import CheckpointError
-from rediffuse.training.state import Sums, TrainState
+from rediffuse.errors import CheckpointError, TrainingError
+from rediffuse.reading import read_bytes
+from rediffuse.training.state import Sums, TrainState, UsualLoss
 
-FORMAT = 1
-_MANIFEST, _LEARNED = "manifest.json", "learned.safetensors"
+FORMAT = 2
+_MANIFEST, _STATE, _LEARNED = "manifest.json", "state.json", "learned.safetensors"
+_MANIFEST_BYTES, _HEADER_BYTES = 1_000_000, 10_000_000  # a tensor's name takes a hundred or two
 
 
-def save_checkpoint(state: TrainState, folder: Path, step: int) -> Path:
-    """Write the whole state below `folder`; it is there completely or not at all.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a state on the CPU, to be written while the state itself trains on."""
+
+    step: int
+    images_seen: int
+    tensors: dict[str, dict[str, Tensor]]  # by file
+    state: bytes  # state.json
+
+    @property
+    def bytes_needed(self) -> int:
+        """How much room it takes, with a little for headers and the manifest."""
+        sizes = (t.nbytes for tensors in self.tensors.values() for t in tensors.values())
+        return sum(sizes) + len(self.state) + 256 * 1024
+
+
+def snapshot(state: TrainState) -> Snapshot:
+    """Copy all that a checkpoint holds.
+
+    Raises:
+        TrainingError: if a weight, an average or a moment is not finite; such a state is not kept.
+    """
+    tensors = {
+        "model.safetensors": _copied(state.network.state_dict()),
+        "optimizer.safetensors": _copied(_optimizer_tensors(state)),
+    }
+    if state.average:
+        tensors["average.safetensors"] = _copied(state.average.network.state_dict())
+    if state.learned:
+        tensors[_LEARNED] = _copied(state.learned.state_dict())
+    for file, named in tensors.items():
+        for name, tensor in named.items():
+            if not tensor.isfinite().all():
+                raise TrainingError(
+                    f"{name} in {file} is not finite after {state.images_seen:,} images: nothing "
+                    "is saved, and the checkpoint before is untouched"
+                )
+    counters = {name: getattr(state, name) for name in _COUNTERS}
+    facts = {
+        **counters,
+        "scaler": state.scaler.state_dict() if state.scaler else None,
+        "since_log": state.since_log.as_json(),
+        "this_epoch": state.this_epoch.as_json(),
+        "usual_loss": state.usual_loss.as_json(),
+    }
+    return Snapshot(state.step, state.images_seen, tensors, _json(facts))
+
+
+def write(saved: Snapshot, folder: Path) -> Path:
+    """Write a checkpoint below `folder`; it is there completely or not at all.
 
     The file protocol (Pillai et al. 2014): unique temporary directory beside the final place, every
     file synced, manifest last, one rename, parent synced.
+
+    Raises:
+        TrainingError: if there is no room for it, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    building = Path(tempfile.mkdtemp(prefix=f".building-{step:08d}-", dir=folder))
-    building.chmod(0o777 & ~_umask())
+    needed = saved.bytes_needed
     try:
-        files = {name: make() for name, make in _files(state).items()}
-        manifest = {
-            "format": FORMAT,
-            "files": {
-                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                for name, data in files.items()
-            },
-        }
-        for name, data in {**files, _MANIFEST: _json(manifest)}.items():
-            _write(building / name, data)
-        _sync(building)
-        if final.exists():  # a resumed run walks over the same steps again
-            shutil.rmtree(final)
-        building.rename(final)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return final
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError("No space left on device")
+        return _commit(saved, folder)
+    except OSError as failed:
+        raise TrainingError(
+            f"no checkpoint could be written in {folder}: {failed.strerror or failed} ({needed:,} "
+            f"bytes needed, {_free(folder)} free); the one before is untouched"
+        ) from failed
+
+
+def save_checkpoint(state: TrainState, folder: Path) -> Path:
+    """Write the whole state below `folder`, now.
+
+    Raises:
+        TrainingError: if it is not finite, or there is no room for it.
+    """
+    return write(snapshot(state), folder)
+
+
+class Background:
+    """Does one thing at a time in a thread of its own; a second one waits for the first."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def start(self, act: Callable[[], None]) -> None:
+        """Begin, once what is under way has ended; raise what that raised."""
+        self.wait()
+        self._under_way = self._pool.submit(act)
+
+    def wait(self) -> None:
+        """Wait for what is under way, and raise what it raised."""
+        under_way, self._under_way = self._under_way, None
+        if under_way:
+            under_way.result()
 
 
 def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
@@ -67,19 +142,20 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
         CheckpointError: if the checkpoint does not verify, or was made by another network.
     """
     verify(checkpoint)
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = facts(checkpoint)
     _load_module(state.network, checkpoint / "model.safetensors")
     if state.average and (checkpoint / "average.safetensors").exists():
         _load_module(state.average.network, checkpoint / "average.safetensors")
     if state.learned:
         _load_module(state.learned, checkpoint / _LEARNED)
-    _load_optimizer(state, load_file(checkpoint / "optimizer.safetensors"))
+    _load_optimizer(state, _tensors(checkpoint / "optimizer.safetensors"))
     if state.scaler and saved["scaler"]:
         state.scaler.load_state_dict(saved["scaler"])
     for name in _COUNTERS:
         setattr(state, name, saved[name])
     state.since_log = Sums.from_json(saved["since_log"])
     state.this_epoch = Sums.from_json(saved["this_epoch"])
+    state.usual_loss = UsualLoss.from_json(saved["usual_loss"])
 
 
 def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average") -> str:
@@ -105,8 +181,12 @@ def load_schedule(schedule: nn.Module, checkpoint: Path) -> None:
     _load_module(schedule, checkpoint / _LEARNED, "schedule.")
 
 
-def newest(folder: Path, tell: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint that verifies, or None if there never was one; broken ones go aside.
+def newest(
+    folder: Path, tell: Callable[[str], None] = lambda line: None, *, set_aside: bool = True
+) -> Path | None:
+    """The newest checkpoint that verifies, or None if there never was one.
+
+    Broken ones are named, and set aside by whoever may write the run.
 
     Raises:
         CheckpointError: if there are checkpoints and none of them verifies.
@@ -116,45 +196,48 @@ def newest(folder: Path, tell: Callable[[str], None] = lambda line: None) -> Pat
         try:
             verify(checkpoint)
         except CheckpointError as refused:
-            aside = checkpoint.with_name(f"{checkpoint.name}.corrupt")
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
             tried.append(str(refused))
-            tell(f"{refused}; set aside as {aside.name}, trying the one before")
+            moved = f"set aside as {_set_aside(checkpoint).name}, " if set_aside else ""
+            tell(f"{refused}; {moved}trying the one before")
         else:
             return checkpoint
-    if tried or any(folder.glob("step-*.corrupt")):
-        raise CheckpointError(f"no checkpoint in {folder} verifies: {'; '.join(tried)}")
+    aside = [f"{c.name} was set aside" for c in sorted(folder.glob("step-*.corrupt*"))]
+    if tried or aside:
+        raise CheckpointError(
+            f"no checkpoint in {folder} verifies ({'; '.join(tried or aside)}); put one of them "
+            "back from a copy, or start a new run"
+        )
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Every committed checkpoint, oldest first."""
-    return sorted(c for c in folder.glob("step-*") if c.name[5:].isdigit() and not c.is_symlink())
+    return sorted(c for c in folder.glob("step-*") if c.name[5:].isdecimal() and not c.is_symlink())
 
 
 def facts(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` says: images seen, losses, counters."""
-    read: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    return read
+    """What `state.json` says: images seen, losses, counters.
+
+    Raises:
+        CheckpointError: if it is not what was written.
+    """
+    expected = _manifest(checkpoint)[_STATE]["sha256"]
+    try:
+        if _sha256(checkpoint / _STATE) == expected:
+            read: dict[str, Any] = json.loads((checkpoint / _STATE).read_bytes())
+            return {**read}
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    raise CheckpointError(f"{checkpoint.name}: its {_STATE} is damaged")
 
 
-def verify(checkpoint: Path) -> None:
-    """Hold every file to the manifest's size and digest.
+def verify(checkpoint: Path, *, digests: bool = True) -> None:
+    """Hold every file to the manifest's size and, unless told otherwise, to its SHA-256.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        listed = manifest["files"]
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{checkpoint.name}: format {manifest['format']}, but this version reads {FORMAT}"
-            )
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{checkpoint.name}: its manifest cannot be read") from None
-    for name, entry in listed.items():
+    for name, entry in _manifest(checkpoint).items():
         file = checkpoint / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{checkpoint.name}: {name} is missing")
@@ -162,66 +245,117 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(
                 f"{checkpoint.name}: {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             )
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
-                raise CheckpointError(f"{checkpoint.name}: {name} is damaged (SHA-256 differs)")
+        if digests and _sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{checkpoint.name}: {name} is damaged (SHA-256 differs)")
 
 
-def retain(folder: Path, latest: int) -> None:
-    """Remove old checkpoints but the newest `latest` and the best, once the newest one verifies."""
-    kept = checkpoints(folder)
-    verify(kept[-1])
-    spared = best(folder)
-    for old in kept[:-latest]:
-        if old != spared:
+def retain(
+    folder: Path, latest: int, *, every_images: int | None = None, metric: str = "validation/loss"
+) -> None:
+    """Remove old checkpoints, once the newest one verifies.
+
+    Kept are the newest `latest`, the one with the lowest `metric`, and the first one after each
+    multiple of `every_images`.
+    """
+    there = checkpoints(folder)
+    verify(there[-1])
+    kept = {*there[-latest:], best(folder, metric)}
+    if every_images:
+        first: dict[int, Path] = {}
+        for checkpoint, saved in _all_facts(folder).items():
+            first.setdefault(saved["images_seen"] // every_images, checkpoint)
+        first.pop(0, None)
+        kept |= set(first.values())
+    for old in there:
+        if old not in kept:
             doomed = old.with_name(f".trash-{old.name}")
             old.rename(doomed)
             shutil.rmtree(doomed)
-    for left in (*folder.glob(".trash-*"), *folder.glob(".building-*")):
-        shutil.rmtree(
-            left, ignore_errors=True
-        )  # what a killed process left; the run's lock is ours
 
 
-def best(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, if any was measured."""
-    measured = {c: facts(c)["validation_loss"] for c in checkpoints(folder)}
+def best(folder: Path, metric: str = "validation/loss") -> Path | None:
+    """The checkpoint with the lowest of a metric, if any has measured it."""
+    measured = {
+        checkpoint: saved["metrics"].get(metric, math.nan)
+        for checkpoint, saved in _all_facts(folder).items()
+    }
     return min(
-        (c for c, loss in measured.items() if loss is not None),
+        (c for c, value in measured.items() if math.isfinite(value)),
         key=measured.__getitem__,
         default=None,
     )
 
 
+def _all_facts(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The facts of every checkpoint whose own are not damaged, oldest first."""
+    known = {}
+    for checkpoint in checkpoints(folder):
+        with suppress(CheckpointError):
+            known[checkpoint] = facts(checkpoint)
+    return known
+
+
 _COUNTERS = (
     "images_seen",
+    "step",
     "skipped_steps",
     "skipped_in_a_row",
-    "validation_loss",
+    "metrics",
     "best_loss",
     "checks_since_best",
 )
 
 
-def _files(state: TrainState) -> dict[str, Callable[[], bytes]]:
-    files = {
-        "model.safetensors": lambda: save(_contiguous(state.network.state_dict())),
-        "optimizer.safetensors": lambda: save(_contiguous(_optimizer_tensors(state))),
-        "state.json": lambda: _json(
-            {
-                **{name: getattr(state, name) for name in _COUNTERS},
-                "scaler": state.scaler.state_dict() if state.scaler else None,
-                "since_log": state.since_log.as_json(),
-                "this_epoch": state.this_epoch.as_json(),
-            }
-        ),
-    }
-    if state.average:
-        average = state.average.network
-        files["average.safetensors"] = lambda: save(_contiguous(average.state_dict()))
-    if state.learned:
-        files[_LEARNED] = lambda: save(_contiguous(state.learned.state_dict()))
-    return files
+def _commit(saved: Snapshot, folder: Path) -> Path:
+    final = folder / f"step-{saved.step:08d}"
+    building = Path(tempfile.mkdtemp(prefix=f".building-{saved.step:08d}-", dir=folder))
+    try:
+        building.chmod(0o777 & ~_umask())
+        files = {}
+        for name, tensors in saved.tensors.items():  # one file in memory at a time
+            files[name] = _write(building / name, save(tensors))
+        files[_STATE] = _write(building / _STATE, saved.state)
+        _write(building / _MANIFEST, _json({"format": FORMAT, "files": files}))
+        _sync(building)
+        if final.exists():  # a resumed run walks over the same steps again
+            shutil.rmtree(final)
+        building.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return final
+
+
+def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file; it is itself held to the one way to write it."""
+    try:
+        raw = read_bytes(checkpoint / _MANIFEST, _MANIFEST_BYTES)
+        manifest = json.loads(raw)
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{checkpoint.name}: format {manifest['format']}, but this version reads {FORMAT}"
+            )
+        if raw == _json(manifest) and {_STATE, "model.safetensors"} <= set(manifest["files"]):
+            files: dict[str, dict[str, Any]] = manifest["files"]
+            return {name: {"bytes": f["bytes"], "sha256": f["sha256"]} for name, f in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise CheckpointError(f"{checkpoint.name}: its manifest cannot be read")
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a broken checkpoint to a name that is free; nothing is ever deleted."""
+    names = (f"{checkpoint.name}.corrupt{number or ''}" for number in counting())
+    aside = next(a for a in map(checkpoint.with_name, names) if not a.exists())
+    return checkpoint.rename(aside)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -256,7 +390,7 @@ def _optimized(state: TrainState) -> list[str]:
 def _load_module(module: nn.Module, file: Path, prefix: str = "") -> None:
     if not file.exists():
         raise CheckpointError(f"{file} is missing: this checkpoint was made by another recipe")
-    saved, wanted = load_file(file), module.state_dict()
+    saved, wanted = _tensors(file), module.state_dict()
     tensors = {n.removeprefix(prefix): value for n, value in saved.items() if n.startswith(prefix)}
     if differing := sorted(set(tensors) ^ set(wanted)):
         raise CheckpointError(f"{file}: made by another network ({differing[0]} is in one only)")
@@ -269,19 +403,40 @@ def _load_module(module: nn.Module, file: Path, prefix: str = "") -> None:
     module.load_state_dict(tensors)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        if header > _HEADER_BYTES:
+            raise CheckpointError(f"{file} cannot be read: its header would have {header:,} bytes")
+        return load_file(file)
+    except (OSError, SafetensorError) as broken:
+        raise CheckpointError(f"{file} cannot be read: {broken}") from None
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _write(file: Path, data: bytes) -> None:
+def _write(file: Path, data: bytes) -> dict[str, Any]:
+    """Write and sync a file; return what the manifest says of it."""
     with file.open("xb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

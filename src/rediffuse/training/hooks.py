@@ -1,16 +1,19 @@
 """What looks on while the loop runs; a hook reads the state and changes no weight."""
 
 import hashlib
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rediffuse.data.batches import Batch
+from rediffuse.errors import TrainingError
 from rediffuse.losses import Noised
 from rediffuse.process import diffuse
 from rediffuse.randomness import Stream, normal, uniform
@@ -31,6 +34,8 @@ def log(record: Record) -> Hook:
         values |= {name: metrics[name].item() for name in ("gradient_norm", "learning_rate")}
         values |= {"images_per_s": clock.per_second(state.images_seen)}
         values |= {"skipped_steps": float(state.skipped_steps)}
+        values |= {"loss_spikes": state.usual_loss.spikes.item()}
+        state.metrics["loss"] = values["loss"]
         record(values, state.images_seen)
         state.since_log = Sums()
 
@@ -42,7 +47,8 @@ def log_epoch(record: Record, images_per_epoch: int) -> Hook:
 
     def write(state: TrainState, metrics: dict[str, Tensor]) -> None:
         epoch = float(state.images_seen // images_per_epoch)
-        record({"epoch": epoch, "epoch/loss": state.this_epoch.means()["loss"]}, state.images_seen)
+        loss = state.metrics["epoch/loss"] = state.this_epoch.means()["loss"]
+        record({"epoch": epoch, "epoch/loss": loss}, state.images_seen)
         state.this_epoch = Sums()
 
     return write
@@ -52,10 +58,9 @@ def validate(recipe: Recipe, batches: Sequence[Batch], record: Record) -> Hook:
     """Record the loss on held-out images at fixed times and noise, and remember the best."""
 
     def measure(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        loss = validation_loss(recipe, state, batches)
-        state.validation_loss = loss
+        loss = state.metrics["validation/loss"] = validation_loss(recipe, state, batches)
         state.checks_since_best += 1
-        if state.best_loss is None or loss < state.best_loss:
+        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.checks_since_best = loss, 0
         record({"validation/loss": loss}, state.images_seen)
 
@@ -84,13 +89,70 @@ def validation_loss(recipe: Recipe, state: TrainState, batches: Sequence[Batch])
     return total / images
 
 
+def spikes(tell: Callable[[str], None], known: float) -> Hook:
+    """Say where the loss has spiked since the last time; `known` spikes have been told."""
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        nonlocal known
+        usual = state.usual_loss
+        if (found := usual.spikes.item()) > known:
+            tell(
+                f"the loss spiked {found - known:g} times, last after "
+                f"{usual.last_spike_images.item():,} images; usual is {usual.mean.item():.4g}"
+            )
+        known = found
+
+    return look
+
+
+def non_finite(record: Callable[[dict[str, Any], int], None], limit: int) -> Hook:
+    """Record every skipped step: which images, at which times, with which losses and gradients.
+
+    The hook raises TrainingError after `limit` such steps in a row.
+    """
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        if not state.skipped_in_a_row:
+            return
+        record(_fault(state, metrics), state.images_seen)
+        if state.skipped_in_a_row >= limit:
+            raise TrainingError(
+                f"{state.skipped_in_a_row} steps in a row without finite gradients (norm "
+                f"{metrics['gradient_norm'].item():g} after {state.images_seen:,} images), written "
+                "down in logs/non_finite.jsonl; the last checkpoint is untouched. Lower "
+                "training.learning_rate, or use precision=bf16 or fp32"
+            )
+
+    return look
+
+
+def _fault(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, Any]:
+    """All that may explain a step without finite gradients; the norms are those of each tensor."""
+    norms = {
+        name: str(parameter.grad.norm().item())
+        for part, prefix in ((state.network, ""), (state.learned, "learned."))
+        for name, parameter in part.named_parameters(prefix.rstrip("."))
+        if parameter.grad is not None
+    }
+    return {
+        "step": state.step,
+        "loss": str(metrics["loss"].item()),
+        "gradient_norm": str(metrics["gradient_norm"].item()),
+        "samples": metrics["samples"].tolist(),
+        "times": metrics["times"].tolist(),
+        "losses": [str(loss) for loss in metrics["losses"].tolist()],
+        "not_finite": [name for name, norm in norms.items() if not math.isfinite(float(norm))],
+        "gradient_norms": norms,
+    }
+
+
 def digest(
     write: Callable[[dict[str, str], int], None], batch_size: int, images: int, planned: int
 ) -> Hook:
     """Write digests after 1, 2, 4, 8, ... steps, at multiples of `images`, and at the end."""
 
     def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        seen, step = state.images_seen, state.images_seen // batch_size
+        seen, step = state.images_seen, state.step
         passed = seen // images > (seen - batch_size) // images
         if passed or step & (step - 1) == 0 or seen >= planned:
             write(digests(state, metrics), seen)

@@ -68,11 +68,57 @@ class Sums:
         return cls(*(torch.tensor(saved[name]) for name in names))
 
 
+SPIKE = 8.0
+"""Standard deviations above the usual loss, from where a step's loss is a spike."""
+_USUAL_STEPS = 100
+
+
+@dataclass
+class UsualLoss:
+    """What a step's loss has been over the last hundred or so, and how often it spiked.
+
+    Its tensors stay on the device until somebody reads them.
+    """
+
+    steps: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    variance: Tensor = field(default_factory=lambda: torch.zeros(()))
+    spikes: Tensor = field(default_factory=lambda: torch.zeros(()))
+    last_spike_images: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def see(self, loss: Tensor, images_seen: int) -> None:
+        """Take in the loss of the step that began at `images_seen`, unless it is not finite."""
+        mean, variance, spikes, last = (getattr(self, n).to(loss.device) for n in _USUAL)
+        above, limit = loss - mean, SPIKE * variance.sqrt()
+        spike = loss.isfinite() & (above > limit) & (self.steps >= _USUAL_STEPS)
+        self.spikes = spikes + spike
+        self.last_spike_images = torch.where(spike, images_seen, last)
+        self.steps += 1
+        weight = 1 / min(self.steps, _USUAL_STEPS)
+        # A spike moves what is usual no further than the limit does.
+        step = weight * torch.where(loss.isfinite(), torch.where(spike, limit, above), 0.0)
+        self.mean = mean + step
+        self.variance = (1 - weight) * (variance + step * step / weight)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers, exact."""
+        return {"steps": self.steps, **{name: getattr(self, name).item() for name in _USUAL}}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "UsualLoss":
+        """Undo `as_json`."""
+        return cls(saved["steps"], *(torch.tensor(saved[name]) for name in _USUAL))
+
+
+_USUAL = ("mean", "variance", "spikes", "last_spike_images")
+
+
 @dataclass
 class TrainState:
     """The network and all that goes with it after `images_seen` training images.
 
-    `learned` holds what else learns, by its axis: a schedule, a weighting, the times.
+    `learned` holds what else learns, by its axis: a schedule, a weighting, the times. `step` counts
+    optimizer steps, skipped ones too; `metrics` are the last of those that a best may be chosen by.
     """
 
     network: nn.Module
@@ -81,11 +127,13 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     images_seen: int = 0
+    step: int = 0
     since_log: Sums = field(default_factory=Sums)
     this_epoch: Sums = field(default_factory=Sums)
+    usual_loss: UsualLoss = field(default_factory=UsualLoss)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    validation_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None
     checks_since_best: int = 0
 

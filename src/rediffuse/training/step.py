@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rediffuse.data.batches import Batch
 from rediffuse.denoiser import Denoiser
-from rediffuse.errors import TrainingError
 from rediffuse.losses import Noised, Objective
 from rediffuse.pairings import Pairing, independent
 from rediffuse.process import diffuse
@@ -43,7 +42,6 @@ class Recipe:
     input_perturbation: float = 0.0
     time_strata: int = 1
     precision: torch.dtype = torch.float32
-    non_finite_limit: int = 20
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision that the network computes in; weights, norms and loss stay in float32."""
@@ -53,13 +51,11 @@ class Recipe:
 
 
 def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Ho et al. 2020, Alg. 1, for one batch in one or more pieces; return gradient norm and loss.
+    """Ho et al. 2020, Alg. 1, for one batch in one or more pieces; return loss and gradient norm.
 
-    A step whose gradients are not finite leaves weights, average and optimizer alone and is
-    counted.
-
-    Raises:
-        TrainingError: after `non_finite_limit` such steps in a row.
+    A step whose loss or gradients are not finite leaves weights, average and optimizer alone and is
+    counted. The gradients stay where they are until the next step; `samples`, `times` and `losses`
+    are of this rank's images.
     """
     rate = recipe.learning_rate(state.images_seen + recipe.batch_size)
     set_learning_rate(state.optimizer, rate)
@@ -72,6 +68,7 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.get_total_norm(gradients)
+    state.usual_loss.see(loss, state.images_seen)
     if torch.isfinite(norm + loss) and all(gradient.isfinite().all() for gradient in also):
         _update(recipe, state, norm)
         if isinstance(recipe.times, LossAware):
@@ -79,11 +76,15 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
         for window in (state.since_log, state.this_epoch):
             window.add(sums)
     else:
-        _skip(recipe, state, norm)
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
     if state.scaler:
         state.scaler.update()
     state.images_seen += recipe.batch_size
-    return {"loss": loss, "gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+    state.step += 1
+    measured = {"loss": loss, "gradient_norm": norm, "learning_rate": torch.tensor(rate)}
+    index = torch.cat([batch.index for batch in batches])
+    return measured | {"samples": index, "times": seen[0], "losses": seen[1]}
 
 
 def accumulate(
@@ -205,14 +206,3 @@ def _update(recipe: Recipe, state: TrainState, norm: Tensor) -> None:
     if state.average:
         state.average.update(state.network, state.images_seen, recipe.batch_size)
     state.skipped_in_a_row = 0
-
-
-def _skip(recipe: Recipe, state: TrainState, norm: Tensor) -> None:
-    state.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    if state.skipped_in_a_row >= recipe.non_finite_limit:
-        raise TrainingError(
-            f"{state.skipped_in_a_row} steps in a row without finite gradients (norm "
-            f"{norm.item():g} at image {state.images_seen}); the last checkpoint is untouched. "
-            "Lower training.learning_rate, or use precision=bf16 or fp32"
-        )
