@@ -240,7 +240,7 @@ class TestFolder:
             folder(path=tmp_path)
 
     def test_a_missing_folder_is_refused(self, tmp_path):
-        with pytest.raises(DataError, match=r"no folder .*nowhere; give one with data\.path"):
+        with pytest.raises(DataError, match=r"no folder .*nowhere'; give one with data\.path"):
             folder(path=tmp_path / "nowhere")
 
     @pytest.mark.parametrize(

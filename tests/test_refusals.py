@@ -70,7 +70,7 @@ def refused(
         (["pairing=optimal_transport", "pairing.block_images=48"], "must divide the 64 images"),
         (["solver=unipc", "sampling.solver.order=7"], "sampling.solver.order: expected 1, 2 or 3"),
         (["schedule=betas", "schedule.betas=[0.1,1.5]"], "numbers between 0 and 1"),
-        (["sampling.guidance.rescale=2"], "needs a rescale in 0 .. 1, not 2"),
+        (["sampling.guidance.rescale=2"], "rescale: expected 0 to 1, not 2"),
         (["threshold=dynamic_thresholding", "sampling.threshold.percentile=7"], "percentile"),
         (["sampling.steps=2000"], "2000 sampling steps on a schedule of 1000"),
         (["data.image_size=9"], "image_size 9 cannot be halved 1 times; nearest that can: 8, 10"),

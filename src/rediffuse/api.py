@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rediffuse.drawing import Job, Way, classes_for, classes_of_given, draw
+from rediffuse.errors import ConfigError
 from rediffuse.gallery import Options, wanted
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, load
@@ -39,6 +40,11 @@ def sample(
         ConfigError: for what the model cannot do.
     """
     numbers = tuple(range(images)) if isinstance(images, int) else tuple(images)
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or batch_size < 1:
+        raise ConfigError(
+            f"images={images!r:.80}, batch_size={batch_size}: expected 1 or more of each, and "
+            "images numbered from 0 to below 2^63"
+        )
     options = Options(
         solver=solver,
         steps=steps,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -26,6 +26,7 @@ from rediffuse.errors import ConfigError
 from rediffuse.grids import Grid
 from rediffuse.losses import Objective
 from rediffuse.process import Schedule
+from rediffuse.ranges import Range
 from rediffuse.solvers import Solver
 from rediffuse.words import did_you_mean
 
@@ -262,7 +263,13 @@ def _checked(
 def _typed(annotation: Any, value: Any, key: str) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     try:
-        return TypeAdapter(annotation).validate_python(value, strict=True)
+        found = TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError as refused:
         why = refused.errors()[0]["msg"].replace("Input should be", "expected")
         raise ConfigError(f"{key}: {why}, not {value!r}") from None
+    for numbers in (fact for fact in get_args(annotation)[1:] if isinstance(fact, Range)):
+        if value not in numbers:
+            raise ConfigError(f"{key}: expected {numbers}, not {value!r}")
+    if any(number != number for number in (value if isinstance(value, tuple) else (value,))):
+        raise ConfigError(f"{key}: expected a number, not {value!r}")
+    return found

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rediffuse.config.compose import typed_values
+from rediffuse.config.compose import part_from_file, typed_values
 from rediffuse.config.schema import Data, Part, Sampling
 from rediffuse.data.decoding import SUFFIXES, read, to_square
 from rediffuse.data.pixels import to_model, to_uint8
@@ -37,6 +38,7 @@ from rediffuse.errors import ConfigError, DataError
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
+from rediffuse.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,12 @@ def sample(word: str, options: Options) -> int:
         raise ConfigError("--guide-by needs --guidance above 1; at 1 nobody asks the weaker model")
     check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
     job = wanted_job(model, options)
+    if _nobody_knows_the_class(model, job):
+        how = _unguided(how, options)
     how = as_walked(how, job)
     assert model.origin
     name = f"{model.origin['checkpoint']}-{_job_name(how, job, options)}"
     folder = options.output_dir or run.samples / name
-    drawn = []
-    with tqdm(total=len(job.images), unit="img", disable=not sys.stderr.isatty()) as bar:
-        for numbers, pixels in draw(model, how, job):
-            for j, image in zip(numbers, pixels, strict=True):
-                save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
-            drawn.append(pixels)
-            bar.update(len(numbers))
-    pixels = np.concatenate(drawn)
-    by_class = model.class_names if job.way is None and options.class_name is None else ()
-    picture = save_png(grid(pixels, columns_for(len(pixels), by_class)), folder / "grid.png")
     facts: dict[str, Any] = {
         **model.origin,
         "seed": job.seed,
@@ -115,6 +109,17 @@ def sample(word: str, options: Options) -> int:
         "device": str(model.device),
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
+    _open_folder(folder, facts)
+    drawn = []
+    with tqdm(total=len(job.images), unit="img", disable=not sys.stderr.isatty()) as bar:
+        for numbers, pixels in draw(model, how, job):
+            for j, image in zip(numbers, pixels, strict=True):
+                save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
+            drawn.append(pixels)
+            bar.update(len(numbers))
+    pixels = np.concatenate(drawn)
+    by_class = model.class_names if job.way is None and options.class_name is None else ()
+    picture = save_png(grid(pixels, columns_for(len(pixels), by_class)), folder / "grid.png")
     if options.reconstruct:
         assert options.inputs
         inputs = _inputs(model.config.data, options.inputs)
@@ -127,6 +132,8 @@ def sample(word: str, options: Options) -> int:
         save_film(map(grid, frames), folder / "film.gif")
     weights, step = model.origin["weights"], model.origin["checkpoint"]
     print(f"{len(pixels)} images from {weights} weights at {step}: {folder}")
+    if _nobody_knows_the_class(model, job):
+        print("  class none, as nobody knows that of a given image; --class names one")
     print(f"  grid  {picture}")
     if options.reconstruct:
         print(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
@@ -137,9 +144,9 @@ def wanted(how: Sampling, options: Options) -> Sampling:
     """The run's way of sampling with what was asked for in its place."""
     changes: dict[str, Any] = {}
     for axis in ("solver", "grid", "threshold"):
-        if words := (getattr(options, axis) or "").split():
-            changes[axis] = Part(name=words[0], **dict(typed_values(words[1:])))
-    if options.guidance not in (None, ""):
+        if (asked := getattr(options, axis)) is not None:
+            changes[axis] = _part(axis, asked)
+    if options.guidance is not None:
         changes["guidance"] = _guidance(str(options.guidance), how.guidance)
     if options.steps is not None:
         changes["steps"] = options.steps
@@ -181,15 +188,14 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in seeds.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise ConfigError(
-                f"--seeds {seeds}: expected numbers and ranges, such as 0-63 or 3,5,8"
+                f"--seeds {seeds[:80]}: expected numbers and ranges, such as 0-63 or 3,5,8"
             )
-        if max(int(first), int(last or first)) >= 2**63:
-            raise ConfigError(f"--seeds {seeds}: an image's number is below 2^63")
-        numbers += range(int(first), int(last or first) + 1)
-        if len(numbers) > _MOST_IMAGES:
+        start, end = _image_number("--seeds", first), _image_number("--seeds", last or first)
+        if len(numbers) + end - start >= _MOST_IMAGES:
             raise ConfigError(f"--seeds {seeds}: more than {_MOST_IMAGES:,} images in one job")
+        numbers += range(start, end + 1)
     if not numbers:
         raise ConfigError(f"--seeds {seeds} names 0 images; a range goes up, as 3-5")
     if count is not None and count != len(numbers):
@@ -200,6 +206,16 @@ def image_numbers(seeds: str | None, count: int | None) -> tuple[int, ...]:
 _MOST_IMAGES = 10_000_000
 
 
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal()
+
+
+def _image_number(option: str, word: str) -> int:
+    if len(word) > 19 or int(word) >= 2**63:
+        raise ConfigError(f"{option} {word[:30]}: an image's number is below 2^63")
+    return int(word)
+
+
 def psnr(given: Pixels, drawn: Pixels) -> list[float]:
     """Peak signal-to-noise ratio of each image in dB; equal images have 120, not infinity."""
     error = np.square(given.astype(np.float64) - drawn).mean(axis=(1, 2, 3))
@@ -208,14 +224,27 @@ def psnr(given: Pixels, drawn: Pixels) -> list[float]:
 
 def _guidance(asked: str, has: Part) -> Part:
     """`3` for the run's own guidance at scale 3, or `projected scale=3 parallel=0`."""
-    name, *words = asked.split()
     try:
-        scale = float(name)
+        scale = float((asked.split() or [""])[0])
     except ValueError:
-        return Part(name=name, **dict(typed_values(words)))
+        given = {name: has.arguments[name] for name in {"scale"} & has.arguments.keys()}
+        return _part("guidance", asked, given)
     if not math.isfinite(scale):
         raise ConfigError(f"--guidance {asked}: expected a finite number")
-    return Part.model_validate({**has.model_dump(), **dict(typed_values(words)), "scale": scale})
+    return _part("guidance", asked, {**has.model_dump(), "scale": scale})
+
+
+def _part(axis: str, asked: str, given: Mapping[str, Any] | None = None) -> Part:
+    """`heun churn=40` as a part: what its file says, then what is given, then what was typed."""
+    name, *words = asked.split() or [""]
+    if not name:
+        raise ConfigError(f"--{axis} is empty; give a name, or leave it away")
+    typed = typed_values(words)
+    own = {key: value for key, value in typed if key != "name" and key.isidentifier()}
+    if len(own) < len(typed):
+        raise ConfigError(f"--{axis} {asked}: the name comes first, then each key=value once")
+    part = {"name": name, **part_from_file(axis, name), **(given or {}), **own}
+    return Part.model_validate(part)
 
 
 def _check_options(options: Options) -> None:
@@ -236,6 +265,8 @@ def _check_options(options: Options) -> None:
         raise ConfigError("--interpolate names its own images; use --n for how many")
     if not options.mask and (options.resamplings, options.jump) != (1, 1):
         raise ConfigError("--resamplings and --jump are for inpainting; add --mask")
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size}: expected 1 or more")
     if options.strength is not None and not 0 <= options.strength <= 1:
         raise ConfigError(f"--strength {options.strength:g}: expected 0 (as given) to 1 (new)")
 
@@ -257,16 +288,18 @@ def _between(
 ) -> tuple[Way, tuple[int, ...] | None]:
     """How to go from one image to another, and with which class."""
     ends = [end.strip() for end in (options.interpolate or "").split(",")]
-    if len(ends) != 2:
+    numbers = sum(map(_is_number, ends))
+    if len(ends) != 2 or numbers == 1 or "" in ends:
         raise ConfigError(
-            f"--interpolate {options.interpolate}: expected two numbers, as 3,17, or two files"
+            f"--interpolate {options.interpolate}: expected two numbers, as 3,17, or two files; "
+            "a file whose name is a number is ./3"
         )
-    if not all(end.isdecimal() for end in ends):
+    if numbers == 0:
         data = model.config.data
         first, last = (_inputs(data, Path(end)) for end in ends)
         way = between_images(first[:1], last[:1], len(images))
         return way, classes_of_given(model, images, options.class_name)
-    first_number, last_number = map(int, ends)
+    first_number, last_number = (_image_number("--interpolate", end) for end in ends)
     pair = classes_for((first_number, last_number), model.class_names, options.class_name)
     if pair and pair[0] != pair[1]:
         raise ConfigError(
@@ -281,7 +314,12 @@ def _weaker(model: Model, options: Options) -> Model:
     """The model that guides by being worse: a checkpoint of this run, or of another one."""
     assert model.origin
     assert options.guide_by
-    run, _, which = options.guide_by.rpartition(":")
+    run, colon, which = options.guide_by.rpartition(":")
+    if not colon and not _is_checkpoint(which):
+        raise ConfigError(
+            f"--guide-by {which}: expected a checkpoint (latest, best, or a step's number), or "
+            f"another run's, as {which}:latest"
+        )
     weaker = load(
         find(run or model.origin["run"], options.root).directory,
         which=which,
@@ -295,6 +333,28 @@ def _weaker(model: Model, options: Options) -> Model:
             raise ConfigError(f"--guide-by {options.guide_by}: its {what} is not this model's")
     # A schedule that learns has moved since; its labels are noise levels, so the newer one serves.
     return replace(weaker, denoiser=replace(weaker.denoiser, schedule=model.denoiser.schedule))
+
+
+def _is_checkpoint(word: str) -> bool:
+    return word in ("latest", "best") or _is_number(word.removeprefix("step-"))
+
+
+def _nobody_knows_the_class(model: Model, job: Job) -> bool:
+    """Whether all images are drawn without a class by a model that has classes."""
+    return job.classes is not None and {*job.classes} == {model.null_class}
+
+
+def _unguided(how: Sampling, options: Options) -> Sampling:
+    """Without a class both sides of guidance say the same, unless a weaker model is one of them."""
+    if options.guide_by or how.guidance.arguments.get("scale", 1) == 1:
+        return how
+    if options.guidance is not None:
+        raise ConfigError(
+            f"--guidance {options.guidance} guides towards a class, and nobody knows that of a "
+            "given image; add --class, or leave --guidance away"
+        )
+    guidance = Part.model_validate({**how.guidance.model_dump(), "scale": 1.0})
+    return how.model_copy(update={"guidance": guidance})
 
 
 def _must_agree(model: Model) -> dict[str, Any]:
@@ -357,8 +417,33 @@ def _class_name(model: Model, job: Job, k: int) -> str | None:
     return model.class_names[job.classes[k]]
 
 
+def _open_folder(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Make the folder of a job, or find that of the same job: images of two never lie together."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = read_object(folder / _MANIFEST, _MANIFEST_BYTES)
+    except FileNotFoundError as missing:
+        if folder.is_dir():
+            return
+        raise ConfigError(f"{folder}: images cannot be written here ({missing.strerror})") from None
+    except OSError as refused:
+        why = refused.strerror
+        raise ConfigError(f"{folder}: images cannot be written here ({why})") from None
+    except ValueError:
+        there = {}
+    told = json.loads(json.dumps(facts))
+    if any(there.get(name) != told[name] for name in _OF_A_JOB):
+        raise ConfigError(
+            f"{folder} holds the images of another job; name another --output-dir, or empty it"
+        )
+
+
+_MANIFEST, _MANIFEST_BYTES = "manifest.json", 2_000_000_000
+_OF_A_JOB = ("run", "checkpoint", "weights", "seed", "images", "sampling", "edit")
+
+
 def _save_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Write what was done beside what came of it."""
     building = folder / f".manifest.{os.getpid()}"
     building.write_text(json.dumps(facts, indent=1))
-    building.replace(folder / "manifest.json")
+    building.replace(folder / _MANIFEST)

@@ -52,6 +52,8 @@ def check_sampling(
     Raises:
         ConfigError: if they do not go together, or the walk does not end on a number.
     """
+    if not 1 <= how.steps <= _MOST_STEPS:
+        raise ConfigError(f"sampling.steps={how.steps}: expected 1 to {_MOST_STEPS:,} steps")
     solver, grid = build.solver(how.solver, trusted), build.grid(how.grid, trusted)
     grid(schedule, how.steps)
     times = grid(schedule, min(how.steps, _FEW_STEPS))
@@ -71,7 +73,7 @@ def check_sampling(
         )
 
 
-_FEW_STEPS = 5
+_FEW_STEPS, _MOST_STEPS, _MOST_IMAGES = 5, 100_000, 1_000_000
 
 
 # The bound does not depend on a schedule between its ends; every other loss does.
@@ -83,6 +85,10 @@ def _check_training(
 ) -> None:
     """Draw times, weigh them, and measure the objective at both ends of the clock."""
     clock = denoiser.schedule
+    if config.training.batch_size > _MOST_IMAGES:
+        raise ConfigError(
+            f"training.batch_size={config.training.batch_size}: expected at most {_MOST_IMAGES:,}"
+        )
     micro_batch = torch.zeros(config.training.batch_size // config.training.accumulation, 1)
     of("pairing", config.pairing, "pairing")(micro_batch, lambda k: micro_batch)
     weighting = of("weighting", config.weighting, "weighting")

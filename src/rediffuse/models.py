@@ -1,18 +1,19 @@
 """From a run to a model that can be sampled: one id is all that it takes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from rediffuse import build, runs
 from rediffuse.config.compose import checked, read_yaml
 from rediffuse.config.schema import Config
 from rediffuse.denoiser import Denoiser
-from rediffuse.errors import CheckpointError, ConfigError
+from rediffuse.errors import CheckpointError, ConfigError, RunError
+from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
 from rediffuse.training.devices import PRECISIONS, choose, set_determinism
@@ -61,9 +62,10 @@ def load(
     chosen_device = choose(device).device
     threads = config.threads if chosen_device.type == "cpu" else None
     set_determinism(config.determinism, chosen_device, threads)
-    names = tuple(json.loads(run.environment.read_text())["data"]["class_names"])
-    network = build.network(config, len(names), trusted)
+    names = _class_names(run)
     chosen = _checkpoint(run, which, config.training.best_metric)
+    _check_size(config, len(names), chosen, trusted)
+    network = build.network(config, len(names), trusted)
     weights = weights if config.average.half_life_images else "raw"
     checkpoint.load_weights(network, chosen, weights)
     denoiser = build.denoiser(config, network.to(chosen_device).eval(), trusted)
@@ -77,6 +79,31 @@ def load(
 _WEIGHTS = ("average", "raw")
 
 
+def _class_names(run: Run) -> tuple[str, ...]:
+    try:
+        names = read_object(run.environment)["data"]["class_names"]
+        return tuple(TypeAdapter(list[str]).validate_python(names, strict=True))
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        why = str(getattr(broken, "strerror", None) or broken).splitlines()[0]
+        raise RunError(
+            f"{run.environment} does not tell the run's classes ({why}); restore it"
+        ) from None
+
+
+def _check_size(
+    config: Config, num_classes: int, chosen: Path, trusted: Sequence[str] | None
+) -> None:
+    """Refuse a network that its checkpoint cannot fill before memory is taken for it."""
+    with torch.device("meta"):
+        wanted = build.network(config, num_classes, trusted).state_dict()
+    needed, kept = sum(t.nbytes for t in wanted.values()), chosen / "model.safetensors"
+    if kept.is_file() and needed > kept.stat().st_size:
+        raise CheckpointError(
+            f"{chosen.name}: {kept.name} has {kept.stat().st_size:,} bytes, but the network of "
+            f"config.yaml (model, image_size, classes) needs {needed:,}; one of them was changed"
+        )
+
+
 def find(word: str | Path, root: Path | None = None) -> Run:
     """Find a run by its directory, or by its id or the beginning of it in `root`.
 
@@ -84,7 +111,15 @@ def find(word: str | Path, root: Path | None = None) -> Run:
         RunError: if there is none.
     """
     if isinstance(word, Path) or "/" in word:
-        directory = Path(word).expanduser().resolve()
+        try:
+            directory = Path(word).expanduser().resolve()
+            is_there = directory.is_dir()
+        except (OSError, ValueError, RuntimeError):  # too long, NUL, nobody's home, a loop of links
+            is_there = False
+        if not is_there:
+            raise RunError(
+                f"there is no folder {str(word)[:200]!r}; give a run's folder, or its id"
+            )
         return runs.find_run(directory.parent, directory.name)
     return runs.find_run(runs.runs_root(root), word)
 
@@ -96,10 +131,10 @@ def _checkpoint(run: Run, which: str, metric: str) -> Path:
     elif which == "best":
         found = checkpoint.best(run.checkpoints, metric)
     else:
-        number = which.removeprefix("step-")
-        found = run.checkpoints / f"step-{int(number):08d}" if number.isdecimal() else None
+        number = which.removeprefix("step-").lstrip("0") or "0"
+        found = run.checkpoints / f"step-{number:>08}"
     there = checkpoint.checkpoints(run.checkpoints)
     if found not in there or found is None:
         names = ", ".join(c.name for c in there) or "none yet"
-        raise CheckpointError(f"run {run.id} has no checkpoint '{which}'; it has {names}")
+        raise CheckpointError(f"run {run.id} has no checkpoint {which[:200]!r}; it has {names}")
     return found

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rediffuse.config.schema import DECLARED, FREE, Config
 from rediffuse.errors import ConfigError
+from rediffuse.reading import read_bytes
 from rediffuse.words import did_you_mean
 
 Tree = dict[str, Any]
@@ -49,6 +50,14 @@ def typed_values(words: Sequence[str]) -> list[tuple[str, Any]]:
     return list(_overrides(words))
 
 
+def part_from_file(axis: str, name: str) -> Tree:
+    """What configs/AXIS/NAME.yaml says of a part, or nothing if there is no such file."""
+    if not name.isidentifier():
+        return {}
+    files = (home / axis / f"{name}.yaml" for home in (Path.cwd() / "configs", _OURS))
+    return next((read_yaml(file) for file in files if file.is_file()), {})
+
+
 _LENGTHS = ("training.epochs", "training.images")
 
 
@@ -59,11 +68,12 @@ def refuse_groups(values: Sequence[tuple[str, Any]], tree: Tree) -> None:
         ConfigError: naming what the run has and what was asked for.
     """
     for key, value in values:
-        has = tree.get(key) or tree["sampling"].get(key)
+        full = f"sampling.{key}" if key in _OF_SAMPLING else key
+        has = tree["sampling"].get(key) if key in _OF_SAMPLING else tree.get(key)
         if isinstance(has, dict) and not isinstance(value, Mapping):
             raise ConfigError(
                 f"{key} is '{has.get('name', 'settled')}' in this run and cannot become '{value}' "
-                f"on the way; set single values by their full keys, as {key}.{next(iter(has))}"
+                f"on the way; set single values by their full keys, as {full}.{next(iter(has))}"
             )
 
 
@@ -101,7 +111,11 @@ def checked(tree: Tree) -> Config:
             raise ConfigError(first["msg"].removeprefix("Value error, ")) from None
         if first["type"] == "missing":
             raise ConfigError(f"{key}: this key is needed") from None
-        given = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+        if first["type"] == "model_type":
+            *_, axis = key.split(".")
+            chosen = f"choose it with {axis}={first['input']}, or set single values, as {key}.name"
+            raise ConfigError(f"{key} is a part with arguments; {chosen}") from None
+        given = "" if isinstance(first["input"], dict) else f", not {_short(first['input'])}"
         raise ConfigError(f"{key}: {_plain(first['msg'])}{given}") from None
 
 
@@ -128,6 +142,12 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     Raises:
         ConfigError: if a fixed key differs, naming both values.
     """
+    dropped, drops = old.training.label_dropout, new.training.label_dropout
+    if (dropped > 0) != (drops > 0):
+        raise ConfigError(
+            f"training.label_dropout is {dropped:g} here and cannot become {drops:g}: with 0 a "
+            "network has no entry for 'no class', above 0 it has one; start a new run for that"
+        )
     before, after = leaves(old.model_dump()), leaves(new.model_dump())
     differing = {
         key: (before.get(key), after.get(key))
@@ -146,13 +166,17 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def sweep(words: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of `key=a,b,c` words, as Hydra's `--multirun` spells them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     alternatives: list[list[str]] = []
     for word in words:
         if word.startswith("-") or "=" not in word:
             alternatives.append([word])
             continue
-        parsed = OverridesParser.create().parse_override(word)
+        try:
+            parsed = OverridesParser.create().parse_override(word)
+        except HydraException:
+            raise ConfigError(_no_override(word)) from None
         if parsed.is_sweep_override():
             key = parsed.get_key_element()
             alternatives.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
@@ -168,11 +192,14 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
         ConfigError: naming the file and what is wrong with it.
     """
     try:
-        if file.stat().st_size > most_bytes:
-            raise ConfigError(f"{file}: larger than {most_bytes} bytes, which no configuration is")
-        text = file.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise ConfigError(f"{file}: YAML aliases are not read; write the value out")
+        text = read_bytes(file, most_bytes).decode()
+        depth = 0
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise ConfigError(f"{file}: YAML aliases are not read; write the value out")
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > _DEEPEST:
+                raise ConfigError(f"{file}: nested more than {_DEEPEST} deep")
         tree = yaml.load(text, _Floats)  # a SafeLoader
     except OSError as refused:
         raise ConfigError(f"{file}: cannot be read ({refused.strerror})") from None
@@ -181,14 +208,26 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
     except (yaml.YAMLError, RecursionError) as refused:
         what = str(getattr(refused, "problem", None) or "not YAML")
         raise ConfigError(f"{file}: {what}") from None
+    except ValueError as refused:
+        raise ConfigError(f"{file}: {refused}, so it is no configuration") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected `key: value` lines")
     for key, value in leaves(tree).items():
-        if isinstance(value, str) and "${" in value:
+        if "${" in f"{key}{value}":
             raise ConfigError(
                 f"{file}: {key}: '${{...}}' is not filled in here; write the value out"
             )
     return tree
+
+
+_DEEPEST = 100
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 def dump_yaml(config: Config) -> str:
@@ -215,14 +254,16 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         try:
             parsed = OverridesParser.create().parse_override(word.lstrip("-"))
         except HydraException:
-            raise ConfigError(
-                f"{word!r} is not `key=value`; quote what has spaces or commas"
-            ) from None
+            raise ConfigError(_no_override(word)) from None
         if parsed.is_sweep_override():
             raise ConfigError(f"{word!r} lists several values; add -m to train one run for each")
         if parsed.is_delete():
             raise ConfigError(f"{word!r}: keys cannot be removed; set it to null")
         yield parsed.key_or_group, _plain_value(parsed.value())
+
+
+def _no_override(word: str) -> str:
+    return f"{_short(word)} is not `key=value`; quote what has spaces or commas"
 
 
 def _joined(words: Sequence[str]) -> Iterator[str]:
@@ -359,6 +400,11 @@ def _is_part(value: Any) -> bool:
 def _is_branch(word: int | str) -> bool:
     """Pydantic names the branch of a union that it tried; nobody wrote that."""
     return isinstance(word, str) and ("[" in word or word in {"bool", "float", "int", "str"})
+
+
+def _short(given: Any, most: int = 200) -> str:
+    told = repr(given)
+    return told if len(told) <= most else f"{told[:most]}..."
 
 
 def _plain(message: str) -> str:

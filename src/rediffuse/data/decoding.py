@@ -75,8 +75,9 @@ def to_square(
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
-        grey = (np.asarray(image) / 257).round().clip(0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
+        grey = np.asarray(image, np.int32).clip(0, 65_535)
+        grey += 128  # so that the division rounds; floats would take a gigabyte
+        image = Image.fromarray((grey // 257).astype(np.uint8))
     if mode != "RGBA" and image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))

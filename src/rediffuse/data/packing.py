@@ -28,12 +28,14 @@ from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
 from rediffuse.data.sources import Broken, Example, Examples, Source
 from rediffuse.errors import DataError
+from rediffuse.reading import read_object
 
 FORMAT = 1
 """Raised when the files change, or the pixels that come of the same images."""
 
 PARTS = ("train", "validation", "test")
 FACTS = "facts.json"
+_FACTS_BYTES = 500_000_000  # every image that was left out is named
 
 _CHUNK = 64  # images that a thread decodes at a time
 
@@ -130,8 +132,8 @@ def open_packed(folder: str | Path) -> Packed:
     if not (folder / FACTS).is_file():
         raise DataError(f"{folder} holds no packed images; make them with `rediffuse data pack`")
     try:
-        return _opened(folder, json.loads((folder / FACTS).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as broken:
+        return _opened(folder, read_object(folder / FACTS, _FACTS_BYTES))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as broken:
         raise DataError(f"{folder} is damaged ({broken}); delete it and pack again") from None
 
 
@@ -140,7 +142,7 @@ def _opened(folder: Path, facts: dict[str, Any]) -> Packed:
     parts = {}
     for part in (name for name in PARTS if name in facts["parts"]):
         images = np.load(folder / part / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / part / "labels.npy", allow_pickle=False)
+        labels = np.load(folder / part / "labels.npy", mmap_mode="r", allow_pickle=False)
         count = facts["parts"][part]["images"]
         _check(images, np.uint8, (count, channels, size, size), f"{part}/images.npy")
         _check(labels, np.int64, (count,), f"{part}/labels.npy")

@@ -8,6 +8,7 @@ from rediffuse.denoiser import Denoise
 from rediffuse.errors import ConfigError
 from rediffuse.guidance import Sides, limited, with_x_0
 from rediffuse.process import Prediction, Scales, Schedule
+from rediffuse.ranges import Finite, Fraction, Limit, NonNegative
 from rediffuse.tensors import expand
 
 
@@ -15,10 +16,10 @@ def classifier_free(
     sides: Sides,
     schedule: Schedule,
     *,
-    scale: float,
-    rescale: float = 0.0,
-    sigma_min: float = 0.0,
-    sigma_max: float = math.inf,
+    scale: Finite,
+    rescale: Fraction = 0.0,
+    sigma_min: NonNegative = 0.0,
+    sigma_max: Limit = math.inf,
 ) -> Denoise:
     """u + s·(c - u): 0 is unconditional, 1 conditional (one forward pass each), above 1 guided.
 

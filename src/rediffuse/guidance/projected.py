@@ -8,6 +8,7 @@ from rediffuse.denoiser import Denoise
 from rediffuse.errors import ConfigError
 from rediffuse.guidance import Sides, limited, with_x_0
 from rediffuse.process import Prediction, Scales, Schedule
+from rediffuse.ranges import Finite, Limit, NonNegative
 from rediffuse.tensors import expand
 
 
@@ -15,12 +16,12 @@ def projected(
     sides: Sides,
     schedule: Schedule,
     *,
-    scale: float,
-    parallel: float = 0.0,
-    norm: float = math.inf,
-    momentum: float = 0.0,
-    sigma_min: float = 0.0,
-    sigma_max: float = math.inf,
+    scale: Finite,
+    parallel: Finite = 0.0,
+    norm: Limit = math.inf,
+    momentum: Finite = 0.0,
+    sigma_min: NonNegative = 0.0,
+    sigma_max: Limit = math.inf,
 ) -> Denoise:
     """Guide x_0 across the conditional's direction rather than along it, which saturates colours.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from rediffuse.denoiser import Denoise, turning
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales, Schedule
+from rediffuse.ranges import NonNegative, Positive, Range
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -21,9 +22,9 @@ def adaptive(
     times: Tensor,
     noise: Noise,
     *,
-    rtol: float = 1e-3,
-    atol: float = 1e-3,
-    max_evaluations: int = 1000,
+    rtol: NonNegative = 1e-3,
+    atol: Positive = 1e-3,
+    max_evaluations: Annotated[int, Range(4.0)] = 1000,
 ) -> Iterator[Tensor]:
     """Bogacki & Shampine 1989, 3(2): the probability-flow ODE in steps that fit their errors.
 

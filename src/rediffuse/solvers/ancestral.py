@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Schedule, posterior, transition_variance
+from rediffuse.ranges import Fraction
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -18,7 +19,7 @@ def ancestral(
     times: Tensor,
     noise: Noise,
     *,
-    variance: float = 0.0,
+    variance: Fraction = 0.0,
 ) -> Iterator[Tensor]:
     """Ho et al. 2020, Alg. 2, on any grid: draw x_s from q(x_s | x_t, x̂_0).
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Schedule, transition_variance
+from rediffuse.ranges import Fraction
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -18,7 +19,7 @@ def ddim(
     times: Tensor,
     noise: Noise,
     *,
-    eta: float = 0.0,
+    eta: Fraction = 0.0,
 ) -> Iterator[Tensor]:
     """Song et al. 2021a, Eq. 12 and 16. `eta` = 0 is the ODE, 1 has the DDPM posterior variance."""
     for t, s in pairwise(times):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Schedule
+from rediffuse.ranges import NonNegative
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -19,8 +20,8 @@ def dpmpp_3m(
     times: Tensor,
     noise: Noise,
     *,
-    eta: float = 0.0,
-    noise_scale: float = 1.0,
+    eta: NonNegative = 0.0,
+    noise_scale: NonNegative = 1.0,
     exact: bool = False,
 ) -> Iterator[Tensor]:
     """Lu et al. 2022b, with x_0 as a quadratic in λ = ln(α/σ), one evaluation a step.

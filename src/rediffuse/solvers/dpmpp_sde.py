@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Annotated
 
 from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Scales, Schedule, between
+from rediffuse.ranges import NonNegative, Range
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -18,9 +20,9 @@ def dpmpp_sde(
     times: Tensor,
     noise: Noise,
     *,
-    eta: float = 1.0,
-    noise_scale: float = 1.0,
-    r: float = 0.5,
+    eta: NonNegative = 1.0,
+    noise_scale: NonNegative = 1.0,
+    r: Annotated[float, Range(0.0, 1.0, above=True)] = 0.5,
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2S) with an ancestral step for each of its two moves (Crowson's k-diffusion).
 

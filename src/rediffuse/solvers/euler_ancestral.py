@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Schedule
+from rediffuse.ranges import NonNegative
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -18,8 +19,8 @@ def euler_ancestral(
     times: Tensor,
     noise: Noise,
     *,
-    eta: float = 1.0,
-    noise_scale: float = 1.0,
+    eta: NonNegative = 1.0,
+    noise_scale: NonNegative = 1.0,
 ) -> Iterator[Tensor]:
     """Step to less noise than s has, then add the rest afresh (Crowson's k-diffusion).
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Prediction, Schedule, travel
+from rediffuse.ranges import Limit, NonNegative
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -20,10 +21,10 @@ def heun(
     times: Tensor,
     noise: Noise,
     *,
-    churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = math.inf,
-    noise_scale: float = 1.0,
+    churn: NonNegative = 0.0,
+    churn_min: NonNegative = 0.0,
+    churn_max: Limit = math.inf,
+    noise_scale: NonNegative = 1.0,
 ) -> Iterator[Tensor]:
     """Karras et al. 2022, Alg. 2: the trapezoid rule on dx = x_0·dα + ε·dσ, two evaluations a step.
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from rediffuse.denoiser import Denoise
 from rediffuse.process import Schedule, transition_variance
+from rediffuse.ranges import Positive, Range
 from rediffuse.solvers import Noise
 from rediffuse.tensors import expand
 
@@ -19,8 +21,8 @@ def predictor_corrector(
     times: Tensor,
     noise: Noise,
     *,
-    corrections: int = 1,
-    snr: float = 0.16,
+    corrections: Annotated[int, Range(0.0)] = 1,
+    snr: Positive = 0.16,
 ) -> Iterator[Tensor]:
     """Song et al. 2021b, Alg. 2-5: after each ancestral step, `corrections` Langevin steps at s.
 

@@ -225,8 +225,10 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     try:
         if _sha256(checkpoint / _STATE) == expected:
             read: dict[str, Any] = json.loads((checkpoint / _STATE).read_bytes())
-            return {**read}
-    except (OSError, ValueError, TypeError, RecursionError):
+            counted = (read[name] for name in _COUNTERS[:4])
+            if all(type(n) is int and n >= 0 for n in counted):
+                return {**read}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise CheckpointError(f"{checkpoint.name}: its {_STATE} is damaged")
 

@@ -53,7 +53,7 @@ def folder(
             have classes that training has not.
     """
     given = {"train": path, "validation": validation_path, "test": test_path}
-    roots = {part: Path(root).expanduser() for part, root in given.items() if root is not None}
+    roots = {part: _home(root) for part, root in given.items() if root is not None}
     names = {part: _listed(root) for part, root in roots.items()}
     class_names = tuple(sorted({str(c) for c, _ in names["train"] if c is not None}))
     for part, listed in names.items():
@@ -75,10 +75,17 @@ def folder(
     return Source(class_names, parts, identity_of(files, on_broken))
 
 
+def _home(root: str | Path) -> Path:
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:  # ~nobody
+        raise DataError(f"there is no folder {root}; give one with data.path=FOLDER") from None
+
+
 def _listed(root: Path) -> list[tuple[str | None, str]]:
     """(class, relative name) of every image, in order of the names."""
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}; give one with data.path=FOLDER")
+    if not root.is_dir():  # nor is what has a NUL in its name
+        raise DataError(f"there is no folder {str(root)[:200]!r}; give one with data.path=FOLDER")
     images, folders = _inside(root)
     if images and folders:
         raise DataError(
