@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from rediffuse import drift, runs
+from rediffuse import drift, overview, runs
 from rediffuse.errors import RunError
 from rediffuse.runs import (
     Run,
@@ -231,6 +232,26 @@ def test_a_record_that_is_not_one_is_refused_in_one_line(root, content, complain
     with pytest.raises(RunError, match=complaint) as refused:
         Run(root / A).read()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["run.json", "logs", "samples/job/0.png", "checkpoints/step-1"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_with_a_link_in_it_is_refused_wherever_it_leads(root, tmp_path, name, there):
+    elsewhere = tmp_path / "elsewhere"
+    if there:
+        elsewhere.mkdir()
+    link = root / A / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(RunError, match=rf"{link} is a link"):
+        find_run(root, A)
+    assert find_run(root, B) == Run(root / B)
+
+
+def test_a_name_is_printed_as_it_is(root, capsys):
+    overview.print_table([{"id": A, "name": "[/x] [red]:smile:"}])
+    assert "[/x] [red]:smile:" in capsys.readouterr().out
 
 
 def test_a_run_is_created_once_and_only_under_an_id(root):

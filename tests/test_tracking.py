@@ -204,7 +204,10 @@ def test_a_tracker_that_hangs_neither_slows_training_nor_holds_its_end(journal, 
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(working.points) == 100
     assert is_behind(tmp_path, "memory")
     assert not is_behind(tmp_path, "working")
-    assert [line.split(":")[0] for line in lines] == ["memory"]
+    assert lines == [
+        "memory: not everything was delivered in time; the run's own files are complete, and "
+        f"`rediffuse resume {tmp_path.name}` sends the rest"
+    ]
     hanging.let_go.set()
 
 
@@ -252,6 +255,48 @@ def test_training_that_went_back_sends_only_what_is_new(journal, tmp_path):
     both = first.points + second.points
     assert sorted(both) == sorted(points(read_metrics(tmp_path / "metrics.jsonl")))
     assert ("loss", 30, 30 / 7) not in second.points
+
+
+def test_a_row_that_comes_out_the_same_again_keeps_its_first_time_and_speed(journal, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run = journal()
+    run.start(0)
+    for images in (10, 20, 30):
+        run.metrics({"loss": images / 7, "bad": float("nan"), "images_per_s": 100.0}, images)
+    first = read_metrics(path)
+    for start in (10, 20):  # killed again at 20: row 30 is in neither file any more but the list
+        run = journal()
+        run.start(start)
+        run.metrics(
+            {"loss": (start + 10) / 7, "bad": float("nan"), "images_per_s": 7.0}, start + 10
+        )
+    np.testing.assert_equal(read_metrics(path), first)
+    run = journal()
+    run.start(20)
+    run.metrics({"loss": 0.5, "bad": 1.0, "images_per_s": 7.0}, 30)
+    *same, changed = read_metrics(path)
+    np.testing.assert_equal(same, first[:2])
+    assert changed.pop("time") >= first[2]["time"]
+    assert changed == {"images": 30, "loss": 0.5, "bad": 1.0, "images_per_s": 7.0}
+
+
+class Emptied(Memory):
+    """A tracker that has nothing of the run, whatever it was given."""
+
+    def open(self, params: Mapping[str, Any]) -> bool:
+        super().open(params)
+        return True
+
+
+def test_a_tracker_that_lost_the_run_gets_all_of_it_again(journal, tmp_path):
+    for tracker, images in ((Memory(), 1), (Emptied(), 2)):
+        run = journal(tracker)
+        run.start(images - 1)
+        run.metrics({"loss": images / 3}, images)
+        run.images("preview", GRIDS[3], images)
+        assert run.close("KILLED", timeout_s=20.0)
+    assert tracker.points == points(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [name[-5:] for name, _ in tracker.files] == ["1.png", "2.png"]
 
 
 def test_a_damaged_book_of_deliveries_stops_the_copies_and_not_the_training(tmp_path):
@@ -340,6 +385,7 @@ class KilledInBetween(mlflow.Mlflow):  # after a delivery and before that is not
         threading.Event().wait()
 
 root = Path(sys.argv[1])
+mlflow.START_S = 240
 run = root / mlflow.create_run(root, "tests", "killed", print)
 run.mkdir()
 tracker = KilledInBetween(run, "tests", "killed", None)
@@ -464,6 +510,7 @@ def test_a_run_that_began_without_its_server_is_sent_when_there_is_one(
 
 
 def test_a_server_that_never_answers_holds_nothing_up(tmp_path, lines, monkeypatch):
+    mlflow._import()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")

@@ -203,7 +203,6 @@ def _go(
 ) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
     session = Session(run, config, images, recipe)
-    status: runs.Status = "FAILED"
     try:
         session.begin(state)
         steps = batches_of(config, images, recipe.devices).since(state.images_seen)
@@ -211,14 +210,15 @@ def _go(
         session.save(state)
         session.saved()
         stopped_by = interrupts.received
-        status = "KILLED" if stopped_by else "FINISHED"
-    except OSError as failed:
+        session.end(state, "KILLED" if stopped_by else "FINISHED")
+    except BaseException as failed:
+        session.fail(state)
+        if not isinstance(failed, OSError):
+            raise
         raise TrainingError(
             f"{failed.filename or run.directory}: {failed.strerror or failed}; the last checkpoint "
             f"is untouched: mend that, then rediffuse resume {run.id}"
         ) from failed
-    finally:
-        session.end(state, status)
     session.farewell(state, reason)
     return EXIT_CODES[stopped_by.name] if stopped_by else 0
 

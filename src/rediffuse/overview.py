@@ -64,7 +64,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         shown = {**row, "id": row["id"][:12]}
         table.add_row(*(_shown(shown.get(str(column.header))) for column in table.columns))
-    Console().print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def print_facts(facts: dict[str, Any]) -> None:
     for name, value in leaves(facts).items():
         if value not in (None, [], {}):
             table.add_row(name, _shown(value))
-    Console().print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _last(rows: list[dict[str, float]], name: str) -> float | None:

@@ -179,7 +179,7 @@ def find_run(root: Path, word: str) -> Run:
     """Find a run by its id or by any beginning of it, of 6 digits or more.
 
     Raises:
-        RunError: if `word` cannot be an id, fits no run, or fits several.
+        RunError: if `word` cannot be an id, fits no run or several, or there is a link in the run.
     """
     if not _WORD.fullmatch(word):
         raise RunError(
@@ -187,6 +187,7 @@ def find_run(root: Path, word: str) -> Run:
         )
     found = [run for run in _runs_in(root) if run.id.startswith(word)]
     if len(found) == 1:
+        _refuse_links(found[0])
         return found[0]
     if found:
         raise RunError(f"'{word}' fits {len(found)} runs: {_named(found)}; give more digits")
@@ -195,6 +196,16 @@ def find_run(root: Path, word: str) -> Run:
     raise RunError(
         f"no run '{word}' in {root}; {others} (another place: --root or $REDIFFUSE_ROOT)"
     )
+
+
+def _refuse_links(run: Run) -> None:
+    """A link may lead out of the run, to be read, overwritten or emptied there."""
+    for folder, folders, files in os.walk(run.directory):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                raise RunError(
+                    f"{path} is a link; a run keeps its own files, put {path.name} there"
+                )
 
 
 def list_runs(root: Path) -> list[Run]:
@@ -253,13 +264,18 @@ def last_heard(run: Run) -> float | None:
 
 
 def _sweep(run: Run) -> None:
-    """Remove what a killed writer left half-made; a sampling job's own folder is not looked into."""
+    """Remove what a killed writer left half-made, and nothing else; a link may lead anywhere."""
     for folder in (run.directory, run.logs, run.samples):
-        for left in folder.glob(".*"):
-            if left.name not in (".lock", ".owner") and left.is_file():
+        for left in () if folder.is_symlink() else folder.glob(".*"):
+            if _TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
-    for half in (*run.checkpoints.glob(".building-*"), *run.checkpoints.glob(".trash-*")):
-        shutil.rmtree(half, ignore_errors=True)
+    checkpoints = run.checkpoints
+    for half in () if checkpoints.is_symlink() else checkpoints.glob(".*"):
+        if half.name.startswith((".building-", ".trash-")):
+            shutil.rmtree(half, ignore_errors=True)
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # as `write_atomically` names them
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from rediffuse.training import checkpoint, hooks
 from rediffuse.training.loop import Hook, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
+from rediffuse.words import tell
 
 
 class Session:
@@ -138,13 +140,18 @@ class Session:
         self._last_preview = state.images_seen
 
     def end(self, state: TrainState, status: Status) -> None:
-        """Settle the record, however training ended."""
+        """Settle the record of a run that went as far as it should."""
+        if self._main:
+            self._settle(state, status)
+
+    def fail(self, state: TrainState) -> None:
+        """Settle the record of a run that cannot go on; whatever fails here is not the cause."""
         if not self._main:
             return
-        with suppress(RediffuseError, OSError):  # of two failures the first is told
+        with suppress(RediffuseError, OSError):
             self._saving.wait()
         try:
-            self._settle(state, status)
+            self._settle(state, "FAILED")
         except OSError as failed:
             say(f"{failed.filename}: {failed.strerror}; this run's record is not settled")
 
@@ -295,8 +302,7 @@ def longer(run: Run, config: Config) -> str:
 
 def say(line: str) -> None:
     """Tell the user one line; a closed terminal is no reason to stop."""
-    with suppress(BrokenPipeError, ValueError):
-        print(line, flush=True)
+    tell(line, sys.stdout)
 
 
 _TRACKERS: dict[str, Callable[..., Tracker]] = {

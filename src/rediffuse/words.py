@@ -1,10 +1,22 @@
 """Small courtesies of messages."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
+from typing import Any
 
 
 def did_you_mean(given: str, known: Iterable[str], prefix: str = "; did you mean ") -> str:
     """The nearest known name as the end of a sentence, or nothing if none is near."""
     near = get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f"{prefix}{near[0]}?" if near else ""
+
+
+def tell(line: str, stream: Any) -> None:
+    """Print a line to a text stream, or nothing where that is None.
+
+    An output that is closed, full or read by nobody is no reason to stop.
+    """
+    if stream is not None:
+        with suppress(OSError, ValueError):
+            print(line, file=stream, flush=True)

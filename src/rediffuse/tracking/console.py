@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from rediffuse.tracking.tracker import Number
+from rediffuse.words import tell
 
 LINE_EVERY_S = 10.0
 
@@ -25,20 +27,26 @@ class Console:
     def metrics(self, values: Mapping[str, Number], images_seen: int) -> None:
         """Move on; `values` are shown until others of the same name come."""
         self._shown |= values
-        if self._stream.isatty():
-            self._move_bar(images_seen)
+        if self._stream is not None and self._stream.isatty():
+            with suppress(OSError, ValueError):
+                self._move_bar(images_seen)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             self.say(self._line(images_seen))
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write(line, file=self._stream)
+        if self._bar is None:
+            tell(line, self._stream)
+        else:
+            with suppress(OSError, ValueError):
+                self._bar.write(line, file=self._stream)
 
     def close(self) -> None:
         """Leave the bar as it is and begin a new line."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):
+                self._bar.close()
 
     def _move_bar(self, images_seen: int) -> None:
         if self._bar is None:

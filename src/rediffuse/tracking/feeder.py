@@ -3,7 +3,8 @@
 A tracker that fails is tried again with growing pauses, and never stops or slows training. What it
 was given is remembered in `<run>/logs/<tracker>.json`, so that the next process that feeds it sends
 what is missing: each metric once per images seen. Training that went back to a checkpoint writes
-some rows anew; a tracker that had them already keeps the first, `metrics.jsonl` has the last.
+some rows anew; a tracker that had them already keeps the first. They are equal where the run is
+exact and nothing was changed on resuming; else `metrics.jsonl` has the last.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from rediffuse.tracking.tracker import Row, Say, Tracker, in_one_line
 
 FLUSH_S = 2.0
 LONGEST_PAUSE_S = 60.0
-CLOSE_S = 10.0
+CLOSE_S = 10.0  # all that the end of a run waits for trackers; training never does
 ROWS_AT_ONCE = 500
 
 ARTIFACTS = "logs/artifacts.jsonl"
@@ -82,7 +83,7 @@ class Feeder:
         if not self._done:
             self._say(
                 f"{self._tracker.name}: not everything was delivered in time; the run's own files "
-                "are complete, and the next command on this run sends the rest"
+                f"are complete, and `rediffuse resume {self._directory.name}` sends the rest"
             )
         return self._done
 
@@ -127,7 +128,8 @@ class Feeder:
     def _opened(self) -> Delivered:
         if self._delivered is None:
             delivered = Delivered.read(self._book)
-            self._tracker.open(self._params)
+            if self._tracker.open(self._params):
+                delivered = Delivered()
             delivered.closed = None
             delivered.write(self._book)
             self._delivered = delivered

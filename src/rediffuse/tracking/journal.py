@@ -10,34 +10,57 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from rediffuse.tracking.feeder import ARTIFACTS, CLOSE_S, Feeder, close_all
-from rediffuse.tracking.jsonl import append, append_metrics, cut_back, write_atomically
-from rediffuse.tracking.tracker import Number, Say, Tracker
+from rediffuse.tracking.jsonl import (
+    append,
+    append_metrics,
+    cut_back,
+    read_metrics,
+    write_atomically,
+)
+from rediffuse.tracking.tracker import Number, Row, Say, Tracker, redacted
+
+CLOCKED = {"images", "time", "images_per_s"}
+"""What of a row a clock or its place decides, and not the training."""
 
 
 class Journal:
     """Writes what happens in a run; no method but `close` waits for a tracker.
 
-    `params` is the configuration, as nested mappings.
+    `params` is the configuration, as nested mappings. Training that goes back to a checkpoint
+    repeats steps, as exactly as the run is exact. A row that comes out the same keeps the time and
+    speed that were measured first, so that it equals the one that trackers may have already.
     """
 
     def __init__(
         self, directory: Path, trackers: Sequence[Tracker], params: Mapping[str, Any], say: Say
     ) -> None:
         self._directory = directory
-        flat = dict(leaves(params))
+        flat = {k: redacted(v) if isinstance(v, str) else v for k, v in leaves(params)}
+        self._undone: dict[int, list[Row]] = {}
         self._feeders = [Feeder(tracker, directory, flat, say) for tracker in trackers]
 
     def start(self, images_seen: int | None) -> None:
-        """Begin at `images_seen`: metrics that an earlier process wrote after it are dropped."""
+        """Begin at `images_seen`: metrics that an earlier process wrote after it are dropped.
+
+        They are kept in `logs/undone.jsonl`.
+        """
         (self._directory / "logs").mkdir(exist_ok=True)
-        cut_back(self._directory / "metrics.jsonl", images_seen)
+        undone = self._directory / "logs" / "undone.jsonl"
+        cut_back(self._directory / "metrics.jsonl", images_seen, undone)
+        for row in read_metrics(undone):
+            self._undone.setdefault(int(row["images"]), []).append(row)
         cut_back(self._directory / ARTIFACTS, None)
         for feeder in self._feeders:
             feeder.start()
 
     def metrics(self, values: Mapping[str, Number], images_seen: int) -> None:
         """Write one row of metrics."""
-        append_metrics(self._directory / "metrics.jsonl", values, images_seen)
+        now = dict(values)
+        same = (row for row in self._undone.get(images_seen, ()) if _trained(row) == _trained(now))
+        first = next(same, {})
+        at = first.get("time")
+        now |= {key: first[key] for key in now.keys() & first.keys()}
+        append_metrics(self._directory / "metrics.jsonl", now, images_seen, at)
 
     def images(
         self, name: str, grid: UInt8[np.ndarray, "height width channel"], images_seen: int
@@ -86,3 +109,8 @@ def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _trained(row: Mapping[str, Number]) -> dict[str, str]:
+    """What training decided of a row, as text, in which nan equals nan."""
+    return {key: repr(float(value)) for key, value in row.items() if key not in CLOCKED}

@@ -17,8 +17,10 @@ from rediffuse.errors import RunError
 from rediffuse.tracking.tracker import Number, Row
 
 
-def append_metrics(path: Path, values: Mapping[str, Number], images_seen: int) -> None:
-    """Append one row, which a kill of this process can no longer lose.
+def append_metrics(
+    path: Path, values: Mapping[str, Number], images_seen: int, at: float | None = None
+) -> None:
+    """Append one row, measured now or `at` a time, which a kill can no longer lose.
 
     Raises:
         ValueError: if a metric is called `images` or `time`, which every row has already.
@@ -26,7 +28,8 @@ def append_metrics(path: Path, values: Mapping[str, Number], images_seen: int) -
     if taken := {"images", "time"} & values.keys():
         raise ValueError(f"a metric cannot be called '{taken.pop()}', which every row has already")
     numbers = {key: float(value) for key, value in values.items()}
-    append(path, images_seen, {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()})
+    fields = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
+    append(path, images_seen, fields, at)
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -47,8 +50,11 @@ def metrics_since(path: Path, position: int) -> Iterator[tuple[Row, int]]:
             raise RunError(f"{path}: the line before byte {end} is not a row of metrics") from None
 
 
-def cut_back(path: Path, images_seen: int | None) -> None:
-    """Drop a last line that was torn by a kill, and what comes after `images_seen` images."""
+def cut_back(path: Path, images_seen: int | None, undone: Path | None = None) -> None:
+    """Drop a last line that was torn by a kill, and what comes after `images_seen` images.
+
+    Whole lines that are dropped are appended to the file `undone`.
+    """
     if not path.exists():
         return
     kept = 0
@@ -56,12 +62,19 @@ def cut_back(path: Path, images_seen: int | None) -> None:
         if images_seen is not None and line["images"] > images_seen:
             break
         kept = end
+    if undone:
+        cut_back(undone, None)
+        with open(path, "rb") as source, open(undone, "ab") as sink:
+            source.seek(kept)
+            sink.writelines(line for line in source if line.endswith(b"\n"))
     os.truncate(path, kept)
 
 
-def append(path: Path, images_seen: int, fields: Mapping[str, Any]) -> None:
+def append(
+    path: Path, images_seen: int, fields: Mapping[str, Any], at: float | None = None
+) -> None:
     """Append one line with the images seen and the time, in one write."""
-    line = {"images": images_seen, "time": round(time.time(), 3), **fields}
+    line = {"images": images_seen, "time": round(time.time(), 3) if at is None else at, **fields}
     with open(path, "ab") as file:
         file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 

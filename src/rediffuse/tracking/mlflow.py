@@ -5,8 +5,11 @@ The store is `$MLFLOW_TRACKING_URI` where that is set, else `<root>/mlflow.db`, 
 """
 
 import os
+import queue
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,8 +19,13 @@ from filelock import FileLock
 from rediffuse.errors import RunError
 from rediffuse.tracking.tracker import Row, Say, in_one_line
 
+START_S = 30.0
+"""The start of a run waits no longer for MLflow; its tables alone take 3 s on an idle machine."""
+
 # MLflow's own limits per call and per value.
 METRICS_AT_ONCE, PARAMS_AT_ONCE, PARAM_LENGTH, KEY_LENGTH = 1000, 100, 6000, 250
+
+_ID = re.compile("[0-9a-f]{32}")
 
 # With MLflow's defaults an unreachable server blocks a call for minutes. The rest is for a clean
 # console and no telemetry.
@@ -34,15 +42,34 @@ _ENVIRONMENT = {
 def create_run(root: Path, experiment: str, name: str | None, say: Say) -> str:
     """Create a run and return its id, 32 hex digits, which then names everything.
 
-    Where the store cannot be reached the run gets an id of its own, and the user is told.
+    Where the store cannot be reached, answers nonsense or takes longer than `START_S`, the run
+    gets an id of its own, and the user is told. A run that MLflow makes too late has that id as its
+    tag, by which it is found.
     """
+    own, answers, late = uuid4().hex, queue.SimpleQueue[str | Exception](), threading.Event()
+
+    def ask() -> None:
+        try:
+            client, experiment_id = _connect(root, experiment)
+            if not late.is_set():
+                tags = {"rediffuse.run_id": own}
+                run = client.create_run(experiment_id, run_name=name, tags=tags)
+                answers.put(_checked(run).info.run_id)
+        except Exception as failure:
+            answers.put(failure)
+
+    with suppress(ImportError):  # seconds that are not MLflow's; `ask` will meet the error again
+        _import()
+    threading.Thread(target=ask, name="create mlflow run", daemon=True).start()
     try:
-        client, experiment_id = _connect(root, experiment)
-        run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
-    except Exception as failure:
-        say(f"mlflow: {in_one_line(failure)} (the run goes on without it, and is sent later)")
-        return uuid4().hex
-    return run_id
+        answer = answers.get(timeout=START_S)
+    except queue.Empty:
+        late.set()
+        answer = TimeoutError(f"no answer in {START_S:g} s")
+    if isinstance(answer, str):
+        return answer
+    say(f"mlflow: {in_one_line(answer)} (the run goes on without it, and is sent later)")
+    return own
 
 
 def tracker(directory: Path, experiment: str, name: str | None, parent: str | None) -> "Mlflow":
@@ -66,7 +93,7 @@ class Mlflow:
         self._id = directory.name
         self._held: dict[str, int] = {}
 
-    def open(self, params: Mapping[str, Any]) -> None:
+    def open(self, params: Mapping[str, Any]) -> bool:
         """Set the run RUNNING; parameters are written once, later ones are tags `drift.<name>`."""
         from mlflow.entities import Param, RunTag
 
@@ -77,12 +104,14 @@ class Mlflow:
         self._held = {key: self._last_step(key) for key in run.data.metrics}
         wanted = {_key(key): str(value)[:PARAM_LENGTH] for key, value in params.items()}
         known = run.data.params
-        drift = {f"drift.{k}": v for k, v in wanted.items() if known.get(k, v) != v}
+        drift = {_key(f"drift.{k}"): v for k, v in wanted.items() if known.get(k, v) != v}
         tags = [RunTag(key, value) for key, value in (self._tags | drift).items()]
-        self._client.log_batch(self._id, tags=tags)
+        for some in _chunks(tags, PARAMS_AT_ONCE):
+            self._client.log_batch(self._id, tags=some)
         fresh = [Param(key, value) for key, value in wanted.items() if key not in known]
         for some in _chunks(fresh, PARAMS_AT_ONCE):
             self._client.log_batch(self._id, params=some)
+        return not self._held
 
     def metrics(self, rows: Sequence[Row]) -> None:
         """Send what is after the last step that MLflow had at `open`.
@@ -117,32 +146,37 @@ class Mlflow:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._client.get_run(self._directory.name)
+            return _checked(self._client.get_run(self._directory.name))
         except MlflowException as failure:
             if failure.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         ours = f"tags.`rediffuse.run_id` = '{self._directory.name}'"
         found = self._client.search_runs([experiment_id], ours, max_results=1)
-        if found:
-            return found[0]
-        return self._client.create_run(experiment_id, tags=self._tags, run_name=self._name)
+        made = {"tags": self._tags, "run_name": self._name}
+        return _checked(found[0] if found else self._client.create_run(experiment_id, **made))
 
 
 def _connect(root: Path, experiment: str) -> tuple[Any, str]:
     """A client and the id of the experiment, both made if need be.
 
-    Processes that meet on an empty root would all migrate the database at once, and break it for
-    good; hence the lock.
+    MLflow makes its tables in many small transactions: processes that meet on an empty root, or
+    one that is killed there, would break the database for good. Hence the lock and the rename.
     """
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    _import()
     from mlflow.tracking import MlflowClient
 
     root = root.resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or _database(root)
+    elsewhere, ours = os.environ.get("MLFLOW_TRACKING_URI"), root / "mlflow.db"
+    uri = elsewhere or _address(ours)
     root.mkdir(parents=True, exist_ok=True)
     artifacts = None if uri.startswith("http") else (root / "mlflow-artifacts").as_uri()
     with FileLock(root / ".mlflow.lock", timeout=120):
+        if not elsewhere and not ours.exists():
+            for torn in root.glob(".mlflow-*.db*"):
+                torn.unlink()
+            fresh = root / f".mlflow-{uuid4().hex}.db"
+            MlflowClient(_address(fresh)).search_experiments(max_results=1)
+            fresh.rename(ours)
         client = MlflowClient(uri, registry_uri=uri)
         known = client.get_experiment_by_name(experiment)
         if known is not None:
@@ -150,15 +184,33 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
         return client, client.create_experiment(experiment, artifact_location=artifacts)
 
 
-def _database(root: Path) -> str:
-    if {"%", "?"} & set(str(root)):
-        raise RunError(f"no database can be addressed in {root}; choose a root without % and ?")
-    return f"sqlite:///{root / 'mlflow.db'}"
+def _address(database: Path) -> str:
+    if {"%", "?"} & set(str(database)):
+        raise RunError(
+            f"no database can be addressed in {database.parent}; choose a root without % and ?"
+        )
+    return f"sqlite:///{database}"
+
+
+def _import() -> None:
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import mlflow.tracking  # noqa: F401
+
+
+def _checked(run: Any) -> Any:
+    """A run as MLflow answers, or an error where something else did."""
+    if not _ID.fullmatch(run.info.run_id or ""):
+        raise RunError(
+            "the server's answer names no run; is $MLFLOW_TRACKING_URI an MLflow server?"
+        )
+    return run
 
 
 def _key(name: str) -> str:
-    """MLflow allows letters, digits and `_-. :/` in names."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:KEY_LENGTH]
+    """MLflow allows letters, digits and `_-. :` in names, and `/` where a path has need of it."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name)[:KEY_LENGTH].split("/")
+    return "/".join(part for part in parts if part.strip(".")) or "_"
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -37,12 +37,14 @@ class TensorBoard:
         self._folder = folder
         self._writer: Any = None
 
-    def open(self, params: Mapping[str, Any]) -> None:
+    def open(self, params: Mapping[str, Any]) -> bool:
         """Start a new event file beside those of earlier processes."""
         from torch.utils.tensorboard import SummaryWriter
 
+        fresh = not any(self._folder.glob("*"))
         self._writer = SummaryWriter(str(self._folder))
         self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in params.items()))
+        return fresh
 
     def metrics(self, rows: Sequence[Row]) -> None:
         """Write rows as scalars."""
