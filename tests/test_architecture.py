@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
@@ -74,3 +76,12 @@ def test_every_function_that_the_derivation_names_exists() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError:
             assert hasattr(importlib.import_module(module), last), name
+
+
+@pytest.mark.parametrize("page", ["docs/trust.md", "SECURITY.md"])
+def test_every_test_that_a_promise_names_exists(page: str) -> None:
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"^ *def (test_\w+)", tests, re.MULTILINE))
+    named = set(re.findall(r"\b(test_\w+)(?!\w|\.py)", (ROOT / page).read_text()))
+    assert named
+    assert named - there == set()
