@@ -116,8 +116,8 @@ def resume(
             send_what_is_missing(run, config)
             return 0
         if devices.is_main:
-            write_atomically(run.config, dump_yaml(config).encode())
             found = drift.note(run, changed, surroundings(images, devices), state.images_seen)
+            write_atomically(run.config, dump_yaml(config).encode())
             for line in found.told(found.decisive):
                 say(f"changed {line}")
         return _go(run, config, images, recipe, state, interrupts)
