@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 
 from rediffuse.training.checkpoint import FORMAT
 
-# Child processes: so much memory beyond what imports take, so many seconds of computing.
+# Child processes: 2 GiB beyond what imports take, and seconds of computing: five on a quiet
+# machine, of which the limit leaves out those that a busy one makes of them.
 LIMITS = """
 import resource
 pages = int(open('/proc/self/statm').read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30,) * 2)
-resource.setrlimit(resource.RLIMIT_CPU, (5, 6))
+resource.setrlimit(resource.RLIMIT_CPU, (30, 31))
 """
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
@@ -105,10 +106,10 @@ def everything(folder: Path) -> Iterator[tuple[str, int, str]]:
         yield str(path.relative_to(folder)), path.lstat().st_mode, content
 
 
-def every_fourth(names: Iterable[str]) -> list[Any]:
-    """All of them with `-m slow`, and every fourth without."""
+def some(names: Iterable[str]) -> list[Any]:
+    """All of them with `-m "slow or not slow"`, and every twelfth by default."""
     return [
-        pytest.param(name, marks=pytest.mark.slow if k % 4 else ()) for k, name in enumerate(names)
+        pytest.param(name, marks=pytest.mark.slow if k % 12 else ()) for k, name in enumerate(names)
     ]
 
 
@@ -755,7 +756,7 @@ PACKED: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", every_fourth(PACKED))
+@pytest.mark.parametrize("name", some(PACKED))
 def test_damaged_packs_are_packed_anew(name: str, place: Place, zygote: Zygote) -> None:
     data = next((place.root / "packed").glob("digits-*"))
     whole = json.loads((data / "facts.json").read_text())
@@ -763,7 +764,7 @@ def test_damaged_packs_are_packed_anew(name: str, place: Place, zygote: Zygote) 
     (data / file).unlink()
     damage(data / file)
     words = ["data", "inspect", "digits", "--json"]
-    done = zygote.start(*words, root=place.root, before=LIMITS, env=OFFLINE).wait(20)
+    done = zygote.start(*words, root=place.root, before=LIMITS, env=OFFLINE).wait()
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["fingerprint"] == whole["fingerprint"]
     assert not list(place.root.rglob("executed"))
@@ -921,14 +922,14 @@ for words, says in (
     )
 
 
-@pytest.mark.parametrize("name", every_fourth(GALLERY))
+@pytest.mark.parametrize("name", some(GALLERY))
 def test_bad_input_is_refused_in_one_line_and_harms_nothing(
     name: str, place: Place, zygote: Zygote
 ) -> None:
     make, says = GALLERY[name]
     words = make(place)
     before = list(everything(place.beside))
-    done = zygote.start(*words, root=place.root, before=LIMITS, env=OFFLINE).wait(20)
+    done = zygote.start(*words, root=place.root, before=LIMITS, env=OFFLINE).wait()
     refused(done, says)
     assert list(everything(place.beside)) == before
     assert sorted(path.name for path in place.root.parent.iterdir()) == ["beside", "root"]

@@ -91,7 +91,7 @@ common = settings(
 
 
 @given(typed=commands)
-@settings(common, max_examples=200)
+@settings(common, max_examples=60)
 def test_no_words_end_in_a_traceback(alone: Path, typed: list[str]) -> None:
     ends_well(typed)
     assert not [*alone.glob("root/*/run.json")], typed

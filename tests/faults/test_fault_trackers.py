@@ -174,9 +174,7 @@ SERVERS: dict[str, Callable[[], AbstractContextManager[str]]] = {
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(
-            name, marks=() if name in ("answers 500", "never answers") else pytest.mark.slow
-        )
+        pytest.param(name, marks=() if name == "answers 500" else pytest.mark.slow)
         for name in SERVERS
     ],
 )
@@ -195,6 +193,7 @@ def test_a_run_whose_server_fails_is_complete_and_resume_sends_it_once(fault, fo
     assert status(root, run) == ("FINISHED", "FINISHED")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_locked_store_trains_on_and_is_sent_once(forks, root):
     with closing(sqlite3.connect(root / "mlflow.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -267,6 +266,7 @@ hooks.Sums.means = lambda self: means(self) | {{k: float(v) for k, v in {ODD!r}.
 """
 
 
+@pytest.mark.slow
 def test_values_and_names_that_mlflow_refuses_are_sent_as_near_as_it_can(forks, root):
     done = forks.run("train", *WORDS, root=root, before=ODD_ROWS + QUICK + "30.0", check=0)
     run = run_in(done.stdout)
@@ -305,6 +305,7 @@ def starts_at_once(forks: Zygote, root: Path, count: int) -> None:
     assert ask(root, "SELECT count(*) FROM runs") == [(count,)]
 
 
+@pytest.mark.slow
 def test_three_first_runs_at_once_are_three_of_one_experiment_even_after_a_kill(forks, tmp_path):
     starts_at_once(forks, tmp_path, 3)
 

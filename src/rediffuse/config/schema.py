@@ -36,7 +36,7 @@ class Part(Section):
 class Data(Part):
     """Which images, and what is done to every one of them; other arguments are the source's own."""
 
-    image_size: PositiveInt = 32
+    image_size: Annotated[int, Field(gt=0, le=8192)] = 32
     channels: Literal[1, 3, 4] = 3
     fit: Literal["crop", "pad"] = "crop"
     mean: float | list[float] = 0.5
