@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0  # a machine may be busy; what takes so long hangs
 LATE = ("hydra", "sklearn.datasets", "torch._dynamo")  # what commands import when they run
 
 Done = subprocess.CompletedProcess[str]
