@@ -39,3 +39,16 @@ def run_id(done: subprocess.CompletedProcess[str]) -> str:
     word, run, *_ = done.stdout.split()
     assert word == "run"
     return run
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    """Replace what stands in a file once."""
+    text = file.read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
+    file.write_text(text.replace(old, new))
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """Every file but locks."""
+    files = (file for file in root.rglob("*") if file.is_file() and file.name[0] != ".")
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}

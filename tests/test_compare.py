@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import TINY
+from cli import TINY, content, edit
 from cli import rediffuse as cli
 from PIL import Image
 
@@ -49,18 +49,6 @@ def compared(
     asked = Options(root, output_dir=out, **how)  # type: ignore[arg-type]
     assert compare.compare(ids[one], ids[two], asked, images=images) == 0
     return json.loads((out / "comparison.json").read_text())
-
-
-def edit(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
-    file.write_text(text.replace(old, new))
-
-
-def content(root: Path) -> dict[str, bytes]:
-    """Every file but locks."""
-    files = (file for file in root.rglob("*") if file.is_file() and file.name[0] != ".")
-    return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
 def test_a_run_trained_twice_differs_in_nothing_and_neither_is_touched(trained, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import TINY, run_id
+from cli import TINY, content, edit, run_id
 from cli import rediffuse as cli
 from PIL import Image
 
@@ -58,18 +58,6 @@ def root(golden: Path, tmp_path: Path) -> Path:
 
 def the_run(root: Path) -> Path:
     return next(iter(root.glob("*/run.json"))).parent
-
-
-def edit(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
-    file.write_text(text.replace(old, new))
-
-
-def content(root: Path) -> dict[str, bytes]:
-    """Every file but locks."""
-    files = (file for file in root.rglob("*") if file.is_file() and file.name[0] != ".")
-    return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
 def test_an_untouched_run_passes_and_nothing_is_left_or_changed(root: Path) -> None:

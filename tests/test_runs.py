@@ -249,6 +249,11 @@ def test_a_run_with_a_link_in_it_is_refused_wherever_it_leads(root, tmp_path, na
     assert find_run(root, B) == Run(root / B)
 
 
+def test_a_run_that_another_process_has_just_made_is_in_nobodys_way(root):
+    (root / ".building-gone").symlink_to("nowhere")  # listed, and gone when it is looked at
+    assert create(root).read().status == "RUNNING"
+
+
 def test_a_name_is_printed_as_it_is(root, capsys):
     overview.print_table([{"id": A, "name": "[/x] [red]:smile:"}])
     assert "[/x] [red]:smile:" in capsys.readouterr().out

@@ -144,7 +144,7 @@ def reproduce(
                 state, recipe = _gone_on(state, part, images, devices, copy, trusted)
             batches = batches_of(part, images, devices).since(state.images_seen)
             loop(recipe, state, batches, [compare, interrupts], min(end, rows[-1]["images"]))
-            if compare.parted or interrupts.received:
+            if compare.parted or compare.equal == len(rows) or interrupts.received:
                 break
         if keep:
             checkpoint.save_checkpoint(state, copy.checkpoints)

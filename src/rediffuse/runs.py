@@ -157,8 +157,9 @@ def create(
     record = Record(id=run_id, name=name, created=created, parent=parent, command=tuple(command))
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(".building-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # or by one that has just finished it
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
     building = Run(root / f".building-{run_id}")
     try:
         building.logs.mkdir(parents=True)

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faults_harness import Done, Zygote
+from faults_harness import Done, Process, Zygote
 from faults_runs import (
     GATE,
     WORDS,
@@ -33,13 +33,19 @@ both = pytest.mark.parametrize(
 )
 
 
+def waiting(zygote: Zygote, root: Path) -> Process:
+    """A process that resumes the root's run and is about to take a step."""
+    process = zygote.start("resume", runs_in(root)[0].name, root=root, before=GATE)
+    until_it_waits(process)
+    return process
+
+
 @both
 def test_a_signal_ends_a_run_as_killed_after_the_step_that_it_meets(
     zygote: Zygote, half: Path, golden: Golden, number: signal.Signals
 ) -> None:
     run = runs_in(half)[0]
-    process = zygote.start("resume", run.name, root=half, before=GATE)
-    until_it_waits(process)
+    process = waiting(zygote, half)
     process.send(number)
     (half / "go").touch()
     done = process.wait()
@@ -55,8 +61,7 @@ def test_a_second_signal_ends_a_run_at_once(
     zygote: Zygote, half: Path, golden: Golden, number: signal.Signals
 ) -> None:
     run = runs_in(half)[0]
-    process = zygote.start("resume", run.name, root=half, before=GATE)
-    until_it_waits(process)
+    process = waiting(zygote, half)
     process.send(number)
     assert not process.ends_within(0.1)  # the first one lets the step end, which never does
     while not process.ends_within(0.05):

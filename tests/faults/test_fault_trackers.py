@@ -445,7 +445,7 @@ def test_a_server_killed_and_restarted_in_mid_run_pauses_nothing_and_gets_every_
         )
     gaps = [longest_gap_s(root, name) for name in (run, alone)]
     print(f"longest gap between steps: {gaps[0]:.3f} s; without a tracker {gaps[1]:.3f} s")
-    assert gaps[0] < 1.0 + 1.5 * gaps[1]  # 1 s; more only where the machine stalls both
+    assert gaps[0] < 1.0 + gaps[1]  # what both wait for is the machine
     assert theirs == written(root, run) == history(root, run)
     ours, mlflows = status(root, run)
     assert ours == mlflows

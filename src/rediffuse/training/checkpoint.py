@@ -225,7 +225,7 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     try:
         if _sha256(checkpoint / _STATE) == expected:
             read: dict[str, Any] = json.loads((checkpoint / _STATE).read_bytes())
-            counted = (read[name] for name in _COUNTERS[:4])
+            counted = (read[name] for name in _COUNTS)
             if all(type(n) is int and n >= 0 for n in counted):
                 return {**read}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -233,8 +233,8 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     raise CheckpointError(f"{checkpoint.name}: its {_STATE} is damaged")
 
 
-def verify(checkpoint: Path, *, digests: bool = True) -> None:
-    """Hold every file to the manifest's size and, unless told otherwise, to its SHA-256.
+def verify(checkpoint: Path) -> None:
+    """Hold every file to the manifest's size and SHA-256.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -247,7 +247,7 @@ def verify(checkpoint: Path, *, digests: bool = True) -> None:
             raise CheckpointError(
                 f"{checkpoint.name}: {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             )
-        if digests and _sha256(file) != entry["sha256"]:
+        if _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{checkpoint.name}: {name} is damaged (SHA-256 differs)")
 
 
@@ -297,15 +297,8 @@ def _all_facts(folder: Path) -> dict[Path, dict[str, Any]]:
     return known
 
 
-_COUNTERS = (
-    "images_seen",
-    "step",
-    "skipped_steps",
-    "skipped_in_a_row",
-    "metrics",
-    "best_loss",
-    "checks_since_best",
-)
+_COUNTS = ("images_seen", "step", "skipped_steps", "skipped_in_a_row")
+_COUNTERS = (*_COUNTS, "metrics", "best_loss", "checks_since_best")
 
 
 def _commit(saved: Snapshot, folder: Path) -> Path:
