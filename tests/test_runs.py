@@ -221,7 +221,7 @@ def test_a_record_has_the_permissions_that_the_user_asked_for(root):
         ('{"id": 7}', "damaged: id"),
         (json.dumps({"id": A, "created": "2026", "status": "DONE"}), "damaged: status"),
         (json.dumps({"id": B, "created": "2026"}), f"belongs to run {B}"),
-        (" " * 1_000_001, "larger than"),
+        (" " * 1_000_001, "more than 1,000,000 bytes"),
     ],
 )
 def test_a_record_that_is_not_one_is_refused_in_one_line(root, content, complaint):

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rediffuse.errors import RunError
+from rediffuse.reading import read_bytes
 from rediffuse.tracking.jsonl import write_atomically
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -106,17 +107,16 @@ class Run:
         """
         path = self.directory / "run.json"
         try:
-            if path.stat().st_size > RECORD_BYTES:
-                raise RunError(
-                    f"{path} is larger than {RECORD_BYTES} bytes; it is not a run's record"
-                )
-            record = Record.model_validate_json(path.read_bytes())
+            record = Record.model_validate_json(read_bytes(path, RECORD_BYTES))
         except FileNotFoundError:
             raise RunError(f"{self.directory} has no run.json; it is not a run") from None
         except ValidationError as damage:
             what = damage.errors()[0]
             where = ".".join(map(str, what["loc"])) or "JSON"
             raise RunError(f"{path} is damaged: {where}: {what['msg']}") from None
+        except (OSError, ValueError) as broken:  # ValidationError is a ValueError, too
+            why = getattr(broken, "strerror", None) or broken
+            raise RunError(f"{path} is not a run's record: {why}") from None
         if record.id != self.id:
             raise RunError(f"{path} belongs to run {record.id}; a run's directory keeps its name")
         return record
@@ -184,7 +184,8 @@ def find_run(root: Path, word: str) -> Run:
     """
     if not _WORD.fullmatch(word):
         raise RunError(
-            f"{word!r} is not a run id: give its 32 hex digits (0-9, a-f), or the first 6 or more"
+            f"{word[:80]!r} is not a run id: give its 32 hex digits (0-9, a-f), or the first 6 or "
+            "more"
         )
     found = [run for run in _runs_in(root) if run.id.startswith(word)]
     if len(found) == 1:

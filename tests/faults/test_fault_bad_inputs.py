@@ -204,7 +204,7 @@ def weights_that_are_nan(place: Place) -> list[str]:
     return place.sample()
 
 
-@bad("no checkpoint")
+@bad("is a link")
 def a_link_in_place_of_weights(place: Place) -> list[str]:
     file = place.checkpoint / "average.safetensors"
     file.rename(place.beside / file.name)
@@ -212,7 +212,7 @@ def a_link_in_place_of_weights(place: Place) -> list[str]:
     return place.sample()
 
 
-@bad("no checkpoint")
+@bad("is a link")
 def a_link_in_place_of_a_checkpoint(place: Place) -> list[str]:
     whole = place.checkpoint
     whole.rename(place.beside / whole.name)
@@ -463,7 +463,7 @@ def a_link_in_place_of_a_run(place: Place) -> list[str]:
     return place.sample()
 
 
-@bad("no run")
+@bad("is not a run id")
 def a_path_to_a_link_in_place_of_a_run(place: Place) -> list[str]:
     (place.root / "inside").symlink_to(place.beside)
     return ["sample", f"{place.root}/inside"]
@@ -570,7 +570,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str, str]] = {
         ".png",
         "broken",
     ),
-    "16 bits of wrong pixels": (lambda: png(8, 8, depth=16, colour=2)[:-30], ".png", "broken"),
+    "16 bits of wrong pixels": (lambda: png(8, 8, depth=16, colour=2)[:-30], ".png", "bad.png"),
     "a CMYK JPEG cut short": (lambda: saved((64, 64), "CMYK", "JPEG")[:500], ".jpg", "broken"),
     "a WebP cut short": (lambda: saved((64, 64), kind="WEBP")[:40], ".webp", "bad.webp"),
     "a TIFF": (lambda: saved(kind="TIFF"), ".jpg", NO_IMAGE),
@@ -629,7 +629,7 @@ def a_device_to_start_from(place: Place) -> list[str]:
     return place.sample("--input", "/dev/zero")
 
 
-@bad("a link that leads nowhere")
+@bad("symbolic links")
 def a_link_to_itself_to_start_from(place: Place) -> list[str]:
     (place.beside / "self.png").symlink_to("self.png")
     return place.sample("--input", place.beside / "self.png")

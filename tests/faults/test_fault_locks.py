@@ -32,6 +32,7 @@ def raced(zygote: Zygote, root: Path, golden: Golden, *, killed: bool) -> None:
     assert json.loads(listed.stdout)[0]["status"] == "RUNNING"
     if killed:
         winner.send(9)
+        winner.wait()  # a signal is on its way for a while
         listed = zygote.run("runs", "--json", root=root, check=0)
         assert json.loads(listed.stdout)[0]["status"] == "stale"
     (root / "go").touch()

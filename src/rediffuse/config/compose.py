@@ -5,6 +5,7 @@ single values are set here, in a plain tree, so that one check with one wording 
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -163,6 +164,9 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in differing.items() if _under(key, DECLARED)}
 
 
+_MOST_RUNS = 10_000
+
+
 def sweep(words: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of `key=a,b,c` words, as Hydra's `--multirun` spells them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -179,9 +183,12 @@ def sweep(words: Sequence[str]) -> Iterator[list[str]]:
             raise ConfigError(_no_override(word)) from None
         if parsed.is_sweep_override():
             key = parsed.get_key_element()
-            alternatives.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+            values = itertools.islice(parsed.sweep_string_iterator(), _MOST_RUNS + 1)
+            alternatives.append([f"{key}={value}" for value in values])
         else:
             alternatives.append([word])
+    if math.prod(map(len, alternatives)) > _MOST_RUNS:
+        raise ConfigError(f"{_short(' '.join(words))}: more than {_MOST_RUNS:,} runs")
     yield from (list(combination) for combination in itertools.product(*alternatives))
 
 
@@ -251,6 +258,8 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
     from hydra.errors import HydraException
 
     for word in _joined(words):
+        if "${" in word:
+            raise ConfigError(f"{_short(word)}: nothing is filled in for ${{...}}; write the value")
         try:
             parsed = OverridesParser.create().parse_override(word.lstrip("-"))
         except HydraException:
@@ -259,6 +268,12 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"{word!r} lists several values; add -m to train one run for each")
         if parsed.is_delete():
             raise ConfigError(f"{word!r}: keys cannot be removed; set it to null")
+        if parsed.is_add():
+            raise ConfigError(
+                f"{word!r}: keys cannot be added; every key there is can be set as it is"
+            )
+        if not parsed.key_or_group:
+            raise ConfigError(_no_override(word))
         yield parsed.key_or_group, _plain_value(parsed.value())
 
 

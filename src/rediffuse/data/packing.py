@@ -141,13 +141,18 @@ def _opened(folder: Path, facts: dict[str, Any]) -> Packed:
     class_names, size, channels = facts["class_names"], facts["image_size"], facts["channels"]
     parts = {}
     for part in (name for name in PARTS if name in facts["parts"]):
-        images = np.load(folder / part / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / part / "labels.npy", mmap_mode="r", allow_pickle=False)
+        images, labels = (_mapped(folder / part / name) for name in ("images.npy", "labels.npy"))
         count = facts["parts"][part]["images"]
         _check(images, np.uint8, (count, channels, size, size), f"{part}/images.npy")
         _check(labels, np.int64, (count,), f"{part}/labels.npy")
         parts[part] = Part(images, labels if class_names else None)
     return Packed(folder, tuple(class_names), size, channels, facts["fingerprint"], parts, facts)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    if not file.is_file():  # never wait for a pipe
+        raise ValueError(f"{file.name} is missing, or is not a regular file")
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def _check(array: np.ndarray, dtype: type, shape: tuple[int, ...], name: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales
+from rediffuse.ranges import Chain
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def rescaled_to_zero_terminal_snr(chain: Discrete) -> Discrete:
 
 def linear(
     *,
-    steps: int = 1000,
+    steps: Chain = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     zero_terminal_snr: bool = False,
@@ -93,7 +94,7 @@ def linear(
 
 def quadratic(
     *,
-    steps: int = 1000,
+    steps: Chain = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     zero_terminal_snr: bool = False,
@@ -105,7 +106,7 @@ def quadratic(
 
 def scaled_linear(
     *,
-    steps: int = 1000,
+    steps: Chain = 1000,
     beta_start: float = 8.5e-4,
     beta_end: float = 0.012,
     zero_terminal_snr: bool = False,
@@ -121,7 +122,7 @@ def scaled_linear(
 
 def beta_sigmoid(
     *,
-    steps: int = 1000,
+    steps: Chain = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     zero_terminal_snr: bool = False,
@@ -134,7 +135,7 @@ def beta_sigmoid(
 
 def alpha_sigmoid(
     *,
-    steps: int = 1000,
+    steps: Chain = 1000,
     start: float = -3.0,
     end: float = 3.0,
     tau: float = 1.0,
@@ -150,7 +151,7 @@ def alpha_sigmoid(
 
 
 def cosine(
-    *, steps: int = 1000, offset: float = 0.008, zero_terminal_snr: bool = False
+    *, steps: Chain = 1000, offset: float = 0.008, zero_terminal_snr: bool = False
 ) -> Discrete:
     """ᾱ = cos²((u + 0.008)/1.008·π/2) with β ≤ 0.999 (Nichol & Dhariwal 2021, Eq. 17)."""
 
