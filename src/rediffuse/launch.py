@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rediffuse import build, drift, runs
 from rediffuse.config.compose import (
@@ -40,11 +40,13 @@ from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import redacted
 from rediffuse.training import checkpoint, hooks
 from rediffuse.training.average import Average
+from rediffuse.training.compiling import compile_network, trial
 from rediffuse.training.devices import PRECISIONS, Devices, choose, set_determinism
 from rediffuse.training.loop import train as loop
 from rediffuse.training.optimizers import parameter_groups
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
+from rediffuse.words import tell
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -63,10 +65,11 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
         config.determinism,
         devices.device,
         config.threads,
-        compiled=config.training.compile,
+        compiled=bool(config.training.compile),
     )
     images = prepare(config.data, home)
     config = _resolved(config, images, exactness)
+    config = _compile_settled(config, images, devices)
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
     with closing(hooks.Interrupts()) as interrupts:
@@ -95,10 +98,14 @@ def resume(
     check(config, trusted)
     devices = choose(config.device)
     set_determinism(
-        config.determinism, devices.device, config.threads, compiled=config.training.compile
+        config.determinism,
+        devices.device,
+        config.threads,
+        compiled=bool(config.training.compile),
     )
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
+    config = _compile_settled(config, images, devices, trusted)
     state, recipe = fresh(config, images, devices, trusted)
     with closing(hooks.Interrupts()) as interrupts, _writing(run, devices):
         record = run.read()
@@ -140,6 +147,64 @@ def _resolved(config: Config, images: Images, exactness: str) -> Config:
     return config.model_copy(update={"rate": rate, "determinism": exactness, "threads": threads})
 
 
+def _compile_settled(
+    config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None = None
+) -> Config:
+    """Try the compiler where it is asked for; `auto` becomes what was faster here.
+
+    Raises:
+        TrainingError: if it was asked for and fails, or the compiled network is another one.
+    """
+    wanted = config.training.compile
+    if not wanted:
+        return config
+    count = min(_TRIED_IMAGES, config.training.batch_size)
+    network, inputs = _example(config, images, devices, count, trusted)
+    try:
+        found = trial(network, inputs, PRECISIONS[config.training.precision])
+    except TrainingError as failed:
+        if wanted is True:
+            raise
+        tell(f"{failed}; going on without", sys.stderr)
+        return _with_compile(config, False)
+    if not found.agrees and wanted is True:
+        raise TrainingError(
+            f"training.compile: the compiled network differs from the plain one by "
+            f"{found.difference:.2g}, more than {config.training.precision} explains; set "
+            "training.compile=false"
+        )
+    taken = wanted is True or (found.agrees and found.seconds < found.plain_seconds)
+    if devices.is_main:  # not among the lines that begin with the run's id
+        tell(
+            f"compiled network: {found.seconds / found.plain_seconds:.2f} of the plain one's time, "
+            f"relative difference {found.difference:.1e}{'' if taken else ': not used'}",
+            sys.stderr,
+        )
+    return _with_compile(config, devices.agree(str(taken)) == "True")
+
+
+_TRIED_IMAGES = 128
+
+
+def _with_compile(config: Config, compiled: bool) -> Config:
+    training = config.training.model_copy(update={"compile": compiled})
+    return config.model_copy(update={"training": training})
+
+
+def _example(
+    config: Config, images: Images, devices: Devices, count: int, trusted: Sequence[str] | None
+) -> tuple[nn.Module, list[Tensor | None]]:
+    """A network as this run's, and what it may be asked: images, labels, classes."""
+    classes, size = len(images.class_names), config.data.image_size
+    with torch_seeded(config.seed, Stream.INITIALISATION):
+        network = build.network(config, classes, trusted).to(devices.device)
+        channels = config.data.channels * (2 if config.training.self_conditioning else 1)
+        x = torch.randn(count, channels, size, size).to(devices.device)
+    label = torch.linspace(1, 1000, count, device=devices.device)
+    cond = torch.arange(count, device=devices.device) % classes if classes else None
+    return network, [x, label, cond]
+
+
 def fresh(
     config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None = None
 ) -> tuple[TrainState, Recipe]:
@@ -151,6 +216,8 @@ def fresh(
         weighting = build.bind("weighting", config.weighting, "weighting", trusted)
         times = build.bind("times", config.times, "times", trusted)
     network = network.to(devices.device)
+    if training.compile:
+        compile_network(network, devices.device)
     parts = {"schedule": denoiser.schedule, "weighting": weighting, "times": times}
     learned = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
     optimizer = build.bind("optimizer", config.optimizer, "optimizer", trusted)
@@ -161,8 +228,6 @@ def fresh(
         torch.amp.GradScaler(devices.device.type) if training.precision == "fp16" else None,
         learned,
     )
-    if training.compile:
-        network.compile()
     rate = build.rate(config, trusted)
     recipe = Recipe(
         denoiser=denoiser,

@@ -16,6 +16,7 @@ from rediffuse.errors import CheckpointError, ConfigError, RunError
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
+from rediffuse.training.compiling import compile_network
 from rediffuse.training.devices import PRECISIONS, choose, set_determinism
 
 
@@ -61,14 +62,18 @@ def load(
         raise ConfigError(f"weights={weights}: expected {' or '.join(_WEIGHTS)}")
     chosen_device = choose(device).device
     threads = config.threads if chosen_device.type == "cpu" else None
-    set_determinism(config.determinism, chosen_device, threads)
+    compiled = bool(config.training.compile)
+    set_determinism(config.determinism, chosen_device, threads, compiled=compiled)
     names = _class_names(run)
     chosen = _checkpoint(run, which, config.training.best_metric)
     _check_size(config, len(names), chosen, trusted)
     network = build.network(config, len(names), trusted)
     weights = weights if config.average.half_life_images else "raw"
     checkpoint.load_weights(network, chosen, weights)
-    denoiser = build.denoiser(config, network.to(chosen_device).eval(), trusted)
+    network = network.to(chosen_device).eval()
+    if compiled:  # as the previews were drawn
+        compile_network(network, chosen_device)
+    denoiser = build.denoiser(config, network, trusted)
     if isinstance(denoiser.schedule, nn.Module):
         checkpoint.load_schedule(denoiser.schedule, chosen)
     origin = {"run": run.id, "checkpoint": chosen.name, "weights": weights}

@@ -216,7 +216,7 @@ def _sha256(images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def _set_up(config: Config, devices: Devices) -> None:
-    compiled = config.training.compile
+    compiled = bool(config.training.compile)
     set_determinism(config.determinism, devices.device, config.threads, compiled=compiled)
 
 

@@ -70,7 +70,7 @@ class Training(Section):
     input_perturbation: NonNegativeFloat = 0.0
     time_strata: PositiveInt = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     log_every_images: PositiveInt | None = None
     validate_every_images: PositiveInt | None = None
     preview_every_images: PositiveInt | None = None

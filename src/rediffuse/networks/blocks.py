@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
-from rediffuse.networks.norms import Norm, forgets_channel_means, group
+from rediffuse.networks.norms import Norm, forgets_channel_means, group, modulated
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -61,13 +61,12 @@ class ResidualBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch in_c height width"], embedding: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch out_c new_height new_width"]:
-        modulation = self.modulation(embedding)[:, :, None, None]
+        modulation = self.modulation(embedding)
         h = self.conv_1(self.resample(F.silu(self.norm_1(x))))
         if self.scale_shift:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm_2(h) * (1 + scale) + shift
+            h = modulated(self.norm_2, h, *modulation.chunk(2, dim=1))
         else:
-            h = self.norm_2(h + modulation)
+            h = self.norm_2(h + modulation[:, :, None, None])
         h = self.conv_2(self.dropout(F.silu(h)))
         skipped: Tensor = self.skip(self.resample(x))
         return skipped + h

@@ -6,14 +6,43 @@ deviation in the precision of the weights and rounds only its answer.
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
+from rediffuse.networks import fused
 
 Norm = Callable[[int], nn.Module]
 
 
-def group(channels: int, *, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's group norm or, once it is `fused`, the compiled loops of `networks.fused`."""
+
+    fused = False
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Normalise; with a scale and a shift per image and channel, (1 + scale)·h + shift."""
+        if self.fused and x.device.type == "cpu":
+            given = self.weight, self.bias, self.num_groups, self.eps
+            return fused.group_norm(x, *given, scale, shift)
+        return _modulated(super().forward(x), scale, shift)
+
+
+def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalise x, then (1 + scale)·h + shift: a number per image and channel, each."""
+    if isinstance(norm, GroupNorm):
+        return norm(x, scale, shift)
+    return _modulated(norm(x), scale, shift)
+
+
+def _modulated(h: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if scale is None or shift is None:
+        return h
+    return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+
+
+def group(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
     """Normalise groups of channels of an image (Wu & He 2018; defaults of Ho et al. 2020's code).
 
     Raises:
@@ -24,17 +53,17 @@ def group(channels: int, *, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm
             f"group norm cannot split {channels} channels into {groups} equal groups; "
             f"numbers of groups that divide {channels}: {divisors(channels)}"
         )
-    return nn.GroupNorm(groups, channels, eps)
+    return GroupNorm(groups, channels, eps)
 
 
-def layer(channels: int, *, eps: float = 1e-6) -> nn.GroupNorm:
+def layer(channels: int, *, eps: float = 1e-6) -> GroupNorm:
     """Normalise an image as a whole (Ba et al. 2016): one group."""
-    return nn.GroupNorm(1, channels, eps)
+    return GroupNorm(1, channels, eps)
 
 
-def instance(channels: int, *, eps: float = 1e-6) -> nn.GroupNorm:
+def instance(channels: int, *, eps: float = 1e-6) -> GroupNorm:
     """Normalise each channel of an image (Ulyanov et al. 2016): as many groups as channels."""
-    return nn.GroupNorm(channels, channels, eps)
+    return GroupNorm(channels, channels, eps)
 
 
 def batch(channels: int, *, eps: float = 1e-5) -> nn.BatchNorm2d:

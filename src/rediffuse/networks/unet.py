@@ -113,7 +113,7 @@ class UNet(nn.Module):
             ConfigError: if there is a cond but no classes, or the other way round.
         """
         embedding = F.silu(self.embedding(label, cond))
-        h = self.conv_in(x)
+        h = self.conv_in(x).contiguous(memory_format=_layout(self.conv_out.weight))
         remembered = [h]
         for stage in self.down:
             h = stage(h, embedding)
@@ -123,6 +123,11 @@ class UNet(nn.Module):
             h = stage(torch.cat((h, remembered.pop()), dim=1), embedding)
         output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return output
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    """That of the weights, in which a convolution answers too unless its image has one channel."""
+    return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
 
 
 def _check_numbers(base: int, multipliers: Sequence[int], blocks: int, dropout: float) -> None:

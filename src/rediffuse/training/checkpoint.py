@@ -373,6 +373,11 @@ def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
         moments.setdefault(index[name], {})[key] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, values in state.optimizer.state.items():
+        for key, value in values.items():
+            # Fused optimizers walk over memory: a moment must lie there as its parameter does.
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _optimized(state: TrainState) -> list[str]:

@@ -1,0 +1,104 @@
+"""A compiled network is checked against the plain one, and taken where it is faster."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rediffuse.errors import TrainingError
+from rediffuse.networks.fused import fuse
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""How far outputs and gradients of the compiled network may lie from the plain one's (Trial)."""
+
+
+def compile_network(network: nn.Module, device: torch.device) -> None:
+    """Let torch's compiler fuse what it can, in place, and lay the network out channels-last.
+
+    On a CPU these are the group norms (`networks.fused`): convolutions are a library's there, and
+    compiling all the rest took minutes and gained nothing. Elsewhere it is the whole network.
+    """
+    fuse(network)
+    if device.type != "cpu":
+        network.compile()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a compiled network compares with the plain one on the same images.
+
+    `difference` is the norm of the difference of outputs and weights' gradients, relative to the
+    plain ones' norm; `seconds` and `plain_seconds` are those of one forward and backward.
+    """
+
+    difference: float
+    seconds: float
+    plain_seconds: float
+    precision: torch.dtype
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is one that the precision explains."""
+        return self.difference <= TOLERANCES[self.precision]
+
+
+def trial(
+    network: nn.Module,
+    inputs: Sequence[Tensor | None],
+    precision: torch.dtype = torch.float32,
+    rounds: int = 3,
+) -> Trial:
+    """Compile a copy of a network and compare it with another copy; the network is not touched.
+
+    Weights that begin as 0, which would hide what lies before them, are small numbers in the
+    copies. `inputs` are the network's own: images, labels and perhaps classes.
+
+    Raises:
+        TrainingError: if there is no compiler that works.
+    """
+    plain = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        for number, weight in enumerate(p for p in plain.parameters() if not p.any()):
+            ramp = torch.arange(weight.numel(), device=weight.device) * 0.7 + number
+            weight.copy_(0.05 * ramp.cos().view_as(weight))
+    compiled = copy.deepcopy(plain)
+    compile_network(compiled, next(network.parameters()).device)
+    try:
+        differing = _difference(_answer(compiled, inputs, precision), plain, inputs, precision)
+    except RuntimeError as failed:
+        why = str(failed).strip().splitlines()[0]
+        raise TrainingError(
+            f"training.compile: the compiler failed ({why[:200]}); install a C++ compiler such as "
+            "g++, or set training.compile=false"
+        ) from failed
+    seconds: dict[nn.Module, list[float]] = {compiled: [], plain: []}
+    for _ in range(rounds):
+        for either, taken in seconds.items():
+            start = time.perf_counter()
+            _answer(either, inputs, precision)
+            taken.append(time.perf_counter() - start)
+    return Trial(differing, min(seconds[compiled]), min(seconds[plain]), precision)
+
+
+def _difference(
+    answer: Tensor, plain: nn.Module, inputs: Sequence[Tensor | None], precision: torch.dtype
+) -> float:
+    expected = _answer(plain, inputs, precision)
+    return ((answer - expected).norm() / expected.norm()).item()
+
+
+def _answer(network: nn.Module, inputs: Sequence[Tensor | None], precision: torch.dtype) -> Tensor:
+    """The output and the weights' gradients, each of norm 1, in one vector; waits for them."""
+    network.zero_grad()
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+        output = network(*inputs).float()
+    output.square().mean().backward()
+    gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    parts = (output.detach().flatten(), torch.cat(gradients).float())
+    both = torch.cat([part / part.norm() for part in parts])
+    both[0].item()
+    return both

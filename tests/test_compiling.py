@@ -1,0 +1,133 @@
+"""A compiled network is the plain one, faster; its group norm is held to torch's own, in float64.
+
+In processes of their own: the compiler cannot look through the tests' checks of shapes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli import rediffuse, run_id
+
+from rediffuse.training.compiling import Trial
+
+NORM = """
+import json, sys, torch
+import torch.nn.functional as F
+from rediffuse.networks.fused import group_norm
+torch.set_num_threads(1)
+torch.manual_seed(0)
+found = []
+for dtype, mean, modulates in (
+    (torch.float32, 0.0, True), (torch.float32, 100.0, True), (torch.float32, 0.0, False),
+    (torch.bfloat16, 0.0, True),
+):
+    x = (2 * torch.randn(4, 24, 6, 6) + mean).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    given = [torch.randn(24, requires_grad=True) for _ in range(2)]
+    modulation = [torch.randn(4, 24, requires_grad=True) for _ in range(2)]
+    y = group_norm(x, *given, 6, 1e-6, *(modulation if modulates else ()))
+    assert y.dtype is dtype and y.is_contiguous(memory_format=torch.channels_last)
+    exact = [a.detach().double().requires_grad_() for a in (x, *given, *modulation)]
+    wanted = F.group_norm(exact[0], 6, *exact[1:3], 1e-6)
+    if modulates:
+        scale, shift = (m[:, :, None, None] for m in exact[3:])
+        wanted = wanted * (1 + scale) + shift
+    g = torch.randn_like(wanted)
+    y.backward(g.to(dtype))
+    wanted.backward(g.to(dtype).double())
+    trained = list(zip((x, *given, *modulation), exact))[: 5 if modulates else 3]
+    differing = [((a.grad - b.grad).norm() / b.grad.norm()).item() for a, b in trained]
+    differing.append(((y - wanted).norm() / wanted.norm()).item())
+    found.append((str(dtype), mean, max(differing)))
+print(json.dumps(found))
+"""
+
+NETWORK = """
+import sys, torch
+from rediffuse.networks.norms import group
+from rediffuse.networks.unet import UNet
+from rediffuse.training.compiling import trial
+torch.set_num_threads(1)
+torch.manual_seed(0)
+for scale_shift, groups in ((False, 8), (True, 32)):
+    network = UNet(in_channels=1, out_channels=1, image_size=8, base_channels=32, num_classes=2,
+                   channel_multipliers=(1, 2), attention_resolutions=(4,), blocks_per_level=1,
+                   scale_shift=scale_shift, norm=lambda channels: group(channels, groups=groups))
+    before = [p.clone() for p in network.parameters()]
+    inputs = torch.randn(16, 1, 8, 8), torch.linspace(1, 999, 16), torch.arange(16) % 2
+    found = trial(network, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert 0 < found.difference < 1e-4, found
+    found = trial(network, inputs, torch.bfloat16)
+    assert 1e-4 < found.difference < 3e-2 and found.agrees, found
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_group_norm_of_compiled_loops_is_torchs() -> None:
+    for dtype, mean, difference in json.loads(run(NORM)):
+        # float32: 6e-8 relative, times a mean of 50 deviations; bfloat16: 2^-9 each way
+        tolerance = {"torch.bfloat16": 6e-3}.get(dtype, 3e-6 if mean else 3e-7)
+        assert difference < tolerance, (dtype, mean, difference)
+
+
+def test_a_trial_compares_and_touches_nothing() -> None:
+    run(NETWORK)
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "agrees"),
+    [(torch.float32, 2e-3, False), (torch.bfloat16, 2e-3, True), (torch.bfloat16, 0.1, False)],
+)
+def test_a_trial_refuses_what_precision_does_not_explain(
+    precision: torch.dtype, difference: float, agrees: bool
+) -> None:
+    assert Trial(difference, 1.0, 2.0, precision).agrees is agrees
+
+
+def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    words = (
+        "train", "training.compile=true", "training.images=256", "training.epochs=null",
+        "training.batch_size=64", "threads=1", "training.previews=false", "tracking=none",
+    )  # fmt: skip
+    whole = rediffuse(*words, root=tmp_path)
+    assert "compiled network: " in whole.stderr
+    cut = rediffuse(*words, "training.stop_after_images=128", root=tmp_path)
+    rediffuse("resume", run_id(cut), root=tmp_path)
+    digests = [
+        (tmp_path / run_id(done) / "logs" / "digests.jsonl").read_text().splitlines()[-1]
+        for done in (whole, cut)
+    ]
+    kept = [{k: v for k, v in json.loads(d).items() if k != "time"} for d in digests]
+    assert kept[0] == kept[1]
+    assert kept[0]["images"] == 256
+    config = yaml.safe_load((tmp_path / run_id(cut) / "config.yaml").read_text())
+    assert config["training"]["compile"] is True
+
+
+def test_a_compiler_that_is_missing_is_named_or_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing made before
+    words = (
+        "train", "training.images=64", "training.epochs=null", "training.batch_size=64",
+        "threads=1", "training.previews=false", "tracking=none",
+    )  # fmt: skip
+    refused = rediffuse(*words, "training.compile=true", root=tmp_path, check=1)
+    assert "training.compile=false" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("*/config.yaml"))
+    done = rediffuse(*words, "training.compile=auto", root=tmp_path)
+    config = yaml.safe_load((tmp_path / run_id(done) / "config.yaml").read_text())
+    assert config["training"]["compile"] is False
