@@ -94,7 +94,7 @@ def seen(file: Path) -> list[list[object]]:
 # Halves of a batch add up the same numbers in another order: float32 rounds sums of gradients
 # at 2^-24 of their terms, bfloat16's matrix products at 2^-8. Adam divides by the gradient's own
 # size, so where a gradient is small against what it is the sum of, rounding weighs more.
-APART = {"fp32": 1e-4, "bf16": 1e-1}
+APART = {"fp32": 1e-4, "bf16": 2e-2}  # seen: 8.6e-7 to 9.2e-7 and 3.8e-3 to 4.0e-3
 
 
 @pytest.mark.slow
