@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rediffuse.data import packing
 from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
 from rediffuse.data.packing import FACTS, open_packed, pack
@@ -130,6 +131,27 @@ def test_broken_images_are_named_and_refused_or_left_out_and_recorded(tmp_path):
     ]
     assert np.array_equal(kept.images, [to_square(e.image, 8, 3) for e in whole])
     assert kept.labels.tolist() == [e.label for e in whole]
+
+
+def test_processes_pack_what_threads_pack_and_refuse_what_they_refuse(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for number in range(600):  # three chunks
+        home = tmp_path / "images" / f"class {number % 3}"
+        home.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(home / f"{number:03}.png")
+    images = tmp_path / "images"
+    threads = pack(folder(path=images), tmp_path / "threads", workers=2, **AS)
+    monkeypatch.setattr(packing, "_WORTH_PROCESSES", 1)
+    processes = pack(folder(path=images), tmp_path / "processes", workers=2, **AS)
+    assert processes.fingerprint == threads.fingerprint
+    (images / "class 1" / "301.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(DataError, match=r"301\.png cannot be used"):
+        pack(folder(path=images), tmp_path / "refused", workers=2, **AS)
+    left = pack(folder(path=images, on_broken="skip"), tmp_path / "left", workers=2, **AS)
+    assert [broken["name"] for broken in left.facts["parts"]["train"]["skipped"]] == [
+        "class 1/301.png"
+    ]
 
 
 def test_a_part_without_any_usable_image_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +21,9 @@ from rediffuse.config.compose import (
     set_values,
     typed_values,
 )
-from rediffuse.config.schema import Config
-from rediffuse.data.batches import Batches
-from rediffuse.errors import RunError, TrainingError
+from rediffuse.config.schema import AUTO, Config
+from rediffuse.data.batches import Batch, Batches, fixed
+from rediffuse.errors import ConfigError, RunError, TrainingError
 from rediffuse.images import Images, prepare
 from rediffuse.legality import check
 from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
@@ -38,10 +39,16 @@ from rediffuse.session import (
 from rediffuse.tracking import mlflow
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import redacted
-from rediffuse.training import checkpoint, hooks
+from rediffuse.training import checkpoint, hooks, memory
 from rediffuse.training.average import Average
 from rediffuse.training.compiling import compile_network, trial
-from rediffuse.training.devices import PRECISIONS, Devices, choose, set_determinism
+from rediffuse.training.devices import (
+    PRECISIONS,
+    Devices,
+    choose,
+    keep_freed_memory,
+    set_determinism,
+)
 from rediffuse.training.loop import train as loop
 from rediffuse.training.optimizers import parameter_groups
 from rediffuse.training.state import TrainState
@@ -61,15 +68,8 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
-    exactness = set_determinism(
-        config.determinism,
-        devices.device,
-        config.threads,
-        compiled=bool(config.training.compile),
-    )
     images = prepare(config.data, home)
-    config = _resolved(config, images, exactness)
-    config = _compile_settled(config, images, devices)
+    config = settled(config, images, devices)
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
     with closing(hooks.Interrupts()) as interrupts:
@@ -96,6 +96,7 @@ def resume(
     config = checked(tree)
     changed = changes(old, config)
     check(config, trusted)
+    keep_freed_memory()
     devices = choose(config.device)
     set_determinism(
         config.determinism,
@@ -139,12 +140,70 @@ def load_config(run: Run) -> Config:
     return checked(read_yaml(run.config))
 
 
+def settled(
+    config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None = None
+) -> Config:
+    """Decide and write down what was left open, and set torch up for it.
+
+    That is the learning rate's horizon, how exact, how many threads, `batch_size=auto` and
+    `compile=auto`.
+
+    Raises:
+        RediffuseError: if nothing fits, or the compiled network is another one.
+    """
+    keep_freed_memory()
+    exactness = set_determinism(
+        config.determinism,
+        devices.device,
+        config.threads,
+        compiled=bool(config.training.compile),
+    )
+    config = _resolved(config, images, exactness)
+    if config.training.batch_size == AUTO:
+        size = devices.agree(str(_largest_batch(config, images, devices, trusted)))
+        config = _with_training(config, batch_size=int(size))
+    return _compile_settled(config, images, devices, trusted)
+
+
 def _resolved(config: Config, images: Images, exactness: str) -> Config:
-    """Write down what was left open: the learning rate's horizon, how exact, how many threads."""
     horizon = config.rate.horizon_images or planned_images(config, images.per_epoch)
     rate = config.rate.model_copy(update={"horizon_images": horizon})
     threads = config.threads or torch.get_num_threads()
     return config.model_copy(update={"rate": rate, "determinism": exactness, "threads": threads})
+
+
+_FULL = 0.8  # the share of free memory that `batch_size=auto` takes
+
+
+def _largest_batch(
+    config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None
+) -> int:
+    """The largest power of two that fits into free memory, and into an epoch."""
+    parts = config.training.accumulation * devices.ranks
+    state, recipe = fresh(_with_training(config, batch_size=parts), images, devices, trusted)
+    wanted = memory.estimated(state, recipe, few(images, devices, 2))
+    room = _FULL * free_bytes(devices.device) - wanted.lasting
+    fitting = int(min(room // wanted.each, images.per_epoch // parts))
+    if fitting < 1:
+        raise ConfigError(
+            f"training.batch_size=auto: not one image fits into {max(0, room) / 1e9:.2f} GB; use a "
+            "smaller network, smaller images or more accumulation"
+        )
+    return int(parts * 2 ** (fitting.bit_length() - 1))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that the machine has left for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def few(images: Images, devices: Devices, count: int) -> Batch:
+    """The first images, as a batch."""
+    part = images.packed.part("train")
+    labels = part.labels if images.class_names else None
+    return fixed(part.images, labels, None, count, batch_size=count, device=devices.device)[0]
 
 
 def _compile_settled(
@@ -166,7 +225,7 @@ def _compile_settled(
         if wanted is True:
             raise
         tell(f"{failed}; going on without", sys.stderr)
-        return _with_compile(config, False)
+        return _with_training(config, compile=False)
     if not found.agrees and wanted is True:
         raise TrainingError(
             f"training.compile: the compiled network differs from the plain one by "
@@ -180,15 +239,14 @@ def _compile_settled(
             f"relative difference {found.difference:.1e}{'' if taken else ': not used'}",
             sys.stderr,
         )
-    return _with_compile(config, devices.agree(str(taken)) == "True")
+    return _with_training(config, compile=devices.agree(str(taken)) == "True")
 
 
 _TRIED_IMAGES = 128
 
 
-def _with_compile(config: Config, compiled: bool) -> Config:
-    training = config.training.model_copy(update={"compile": compiled})
-    return config.model_copy(update={"training": training})
+def _with_training(config: Config, **update: Any) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update=update)})
 
 
 def _example(

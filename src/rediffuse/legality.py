@@ -89,7 +89,8 @@ def _check_training(
         raise ConfigError(
             f"training.batch_size={config.training.batch_size}: expected at most {_MOST_IMAGES:,}"
         )
-    micro_batch = torch.zeros(config.training.batch_size // config.training.accumulation, 1)
+    count = config.training.batch_size // config.training.accumulation
+    micro_batch = torch.zeros(count or 1, 1)  # 0: still to be found
     of("pairing", config.pairing, "pairing")(micro_batch, lambda k: micro_batch)
     weighting = of("weighting", config.weighting, "weighting")
     for axis, (honest, *others) in _HONEST.items() if isinstance(clock, nn.Module) else ():

@@ -17,7 +17,7 @@ from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
 from rediffuse.training.compiling import compile_network
-from rediffuse.training.devices import PRECISIONS, choose, set_determinism
+from rediffuse.training.devices import PRECISIONS, choose, keep_freed_memory, set_determinism
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def load(
     config = checked(read_yaml(run.config))
     if weights not in _WEIGHTS:
         raise ConfigError(f"weights={weights}: expected {' or '.join(_WEIGHTS)}")
+    keep_freed_memory()
     chosen_device = choose(device).device
     threads = config.threads if chosen_device.type == "cpu" else None
     compiled = bool(config.training.compile)

@@ -83,6 +83,9 @@ class Session:
         if self._main:
             previews = training.preview_every_images or now_and_then
             saves = training.checkpoint_every_images or now_and_then
+            looking.append(hooks.first_step(say))
+            if self.config.profile:
+                looking.append(hooks.Profile(self.run.logs, say))
             looking.append(when(often, hook=hooks.spikes(say, self._spikes)))
             looking.append(hooks.digest(self._digest, size, saves, self.planned))
             if training.previews:

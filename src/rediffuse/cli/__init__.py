@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rediffuse.cli import compare, data, reproduce, runs, sample, train
+from rediffuse.cli import compare, data, plan, reproduce, runs, sample, train
 from rediffuse.errors import RediffuseError
 from rediffuse.words import tell
 
@@ -23,12 +23,14 @@ def rediffuse() -> None:
     \b
     rediffuse train                                     digits, in about a minute
     rediffuse train experiment=folder64 data.path=DIR   your own images
+    rediffuse plan experiment=folder64 data.path=DIR    what that would take
     rediffuse sample ID --n 64                          ID: as `train` prints it, or 6 digits
     """
 
 
 rediffuse.add_command(train.train)
 rediffuse.add_command(train.resume)
+rediffuse.add_command(plan.plan)
 rediffuse.add_command(sample.sample)
 rediffuse.add_command(reproduce.reproduce)
 rediffuse.add_command(compare.compare)

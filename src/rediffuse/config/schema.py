@@ -6,11 +6,37 @@ axis (`schedule: {name: discrete.cosine, steps: 1000}`) with that function's own
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveInt,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AUTO = 0
+"""A batch size that is still to be found; a configuration says "auto"."""
+
+
+def _number_or_auto(value: Any) -> Any:
+    if type(value) is int and value <= AUTO:
+        raise PydanticCustomError("greater_than", "Input should be greater than 0")
+    return AUTO if value == "auto" else value
+
+
+BatchSize = Annotated[
+    int,
+    Field(ge=0),
+    BeforeValidator(_number_or_auto),
+    PlainSerializer(lambda size: "auto" if size == AUTO else size),
+]
 Seed = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
 
@@ -60,7 +86,7 @@ class Training(Section):
     epochs: PositiveFloat | None = None
     images: PositiveInt | None = None
     stop_after_images: PositiveInt | None = None
-    batch_size: PositiveInt = 128
+    batch_size: BatchSize = 128
     accumulation: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-4
     clip_norm: PositiveFloat | None = 1.0
@@ -136,6 +162,7 @@ class Config(Section):
     device: str = "auto"
     determinism: Literal["auto", "exact", "fast"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    profile: bool = False
     sigma_data: PositiveFloat | None = None
     learned_variance: bool = False
     model: Part
@@ -156,7 +183,7 @@ class Config(Section):
 
 # What a resumed run may change (DESIGN: free, declared, fixed). Prefixes of full keys.
 FREE = (
-    "name", "data.on_device", "data.workers", "data.path", "data.root",
+    "name", "profile", "data.on_device", "data.workers", "data.path", "data.root",
     "training.epochs", "training.images", "training.stop_after_images",
     "training.log_every_images", "training.validate_every_images", "training.preview_every_images",
     "training.checkpoint_every_images", "training.previews", "training.preview_count",

@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from PIL import Image
 
 from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
-from rediffuse.data.sources import Broken, Example, Examples, Source
+from rediffuse.data.sources import Broken, Example, Examples, FileExamples, Source
 from rediffuse.errors import DataError
 from rediffuse.reading import read_object
 
@@ -37,7 +37,8 @@ PARTS = ("train", "validation", "test")
 FACTS = "facts.json"
 _FACTS_BYTES = 500_000_000  # every image that was left out is named
 
-_CHUNK = 64  # images that a thread decodes at a time
+_CHUNK = 256  # images that a thread or process decodes at a time
+_WORTH_PROCESSES = 4096  # files: to start processes takes about a second
 
 Square = Callable[[Image.Image], UInt8[np.ndarray, "channel size size"]]
 
@@ -186,17 +187,52 @@ def _write_parts(
     workers = workers or os.cpu_count() or 1
     total = sum(len(examples) for examples in source.parts.values())
     facts = {}
-    with ThreadPoolExecutor(workers) as pool, _bar(total, progress) as done, _strict_pillow():
+    with _bar(total, progress) as done:
         for part, examples in source.parts.items():
             rows = range(len(examples))
             chunks = (rows[start : start + _CHUNK] for start in rows[::_CHUNK])
-            decode = partial(_decoded, examples, square, len(source.class_names))
-            made = ahead(pool, decode, chunks, 2 * workers)
-            facts[part] = _write_part(made, folder / part, shape, source.class_names, done)
+            decode = partial(_decoded, square, len(source.class_names))
+            worth_it = workers > 1 and len(examples) >= _WORTH_PROCESSES
+            if worth_it and isinstance(examples, FileExamples):
+                decoded = _in_processes(decode, examples, chunks, workers)
+            else:
+                decoded = _in_threads(decode, examples, chunks, workers)
+            with closing(decoded) as made:
+                facts[part] = _write_part(made, folder / part, shape, source.class_names, done)
     return facts
 
 
-def _decoded(examples: Examples, square: Square, classes: int, rows: range) -> _Chunk:
+Decode = Callable[[Examples, range], _Chunk]
+
+
+def _in_threads(
+    decode: Decode, examples: Examples, chunks: Iterable[range], workers: int
+) -> Generator[_Chunk]:
+    with ThreadPoolExecutor(workers) as pool, _strict_pillow():
+        yield from ahead(pool, partial(decode, examples), chunks, 2 * workers)
+
+
+def _in_processes(
+    decode: Decode, examples: FileExamples, chunks: Iterable[range], workers: int
+) -> Generator[_Chunk]:
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+
+    pool = Parallel(workers, return_as="generator", pre_dispatch=4 * workers)
+    try:
+        yield from pool(
+            delayed(_apart)(decode, examples.some(rows), range(len(rows))) for rows in chunks
+        )
+    finally:
+        get_reusable_executor().shutdown(wait=True)  # or its processes would stay for minutes
+
+
+def _apart(decode: Decode, examples: Examples, rows: range) -> _Chunk:
+    with _strict_pillow():
+        return decode(examples, rows)
+
+
+def _decoded(square: Square, classes: int, examples: Examples, rows: range) -> _Chunk:
     chunk = _Chunk([], [], [])
     for row in rows:
         example = examples[row]

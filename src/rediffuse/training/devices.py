@@ -1,6 +1,8 @@
 """Which device, how many of them, and how exact."""
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +103,21 @@ def set_determinism(
     torch.backends.cudnn.benchmark = not exact
     torch.backends.cudnn.deterministic = exact
     return mode
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones, instead of asking for fresh pages.
+
+    Fresh pages are filled with zeros by the kernel: 2 to 12 % of a step on a CPU. Other C libraries
+    are left alone.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_MMAP_THRESHOLD, 2**30)  # bytes of one tensor
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def _best() -> str:

@@ -2,10 +2,13 @@
 
 import hashlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -200,6 +203,62 @@ def stop_after(images: int) -> Hook:
             raise Stop(f"stopped after {images} images, as asked")
 
     return look
+
+
+def first_step(tell: Callable[[str], None]) -> Hook:
+    """Say how long it took from the start of the process to the end of the first step."""
+    told = False
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        nonlocal told
+        if not told:
+            metrics["loss"].item()  # on a GPU, a step has ended when its numbers are there
+            tell(f"first step done {_seconds_since_start():.1f} s after the start")
+        told = True
+
+    return look
+
+
+def _seconds_since_start() -> float:
+    """Seconds since this process was made; without /proc, since Python counts for it."""
+    with suppress(OSError):
+        since_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot / os.sysconf("SC_CLK_TCK")
+    return time.process_time()
+
+
+class Profile:
+    """Profile a few steps with torch's profiler, once torch has settled, into two files.
+
+    `trace.json` opens in a browser (ui.perfetto.dev); `profile.txt` lists what took longest.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        self._folder, self._tell, self._steps = folder, tell, 0
+        self._profiler: Any = None
+
+    def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Begin, go on or end."""
+        self._steps += 1
+        if self._steps == PROFILED.start:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it complains of missing GPUs
+            self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self._profiler.start()
+        elif self._steps == PROFILED.stop:
+            self._profiler.stop()
+            self._write()
+
+    def _write(self) -> None:
+        self._profiler.export_chrome_trace(str(self._folder / "trace.json"))
+        on = "cuda" if torch.cuda.is_available() else "cpu"
+        table = self._profiler.key_averages().table(f"self_{on}_time_total", row_limit=40)
+        (self._folder / "profile.txt").write_text(table)
+        self._profiler = None
+        self._tell(f"profile of {len(PROFILED)} steps in {self._folder}/trace.json and profile.txt")
+
+
+PROFILED = range(5, 10)
+"""After which of a process' steps `Profile` begins and ends."""
 
 
 class Interrupts:

@@ -196,8 +196,11 @@ def _some_dropped(recipe: Recipe, batch: Batch) -> Tensor | None:
     return batch.cond.masked_fill(hidden, recipe.null_class)
 
 
+_CLIP_EPS = 1e-6  # torch divides by norm + 1e-6: below the limit it would multiply all by 1
+
+
 def _update(recipe: Recipe, state: TrainState, norm: Tensor) -> None:
-    if recipe.clip_norm is not None:
+    if recipe.clip_norm is not None and norm + _CLIP_EPS > recipe.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(state.network.parameters(), recipe.clip_norm, norm)
     if state.scaler:
         state.scaler.step(state.optimizer)

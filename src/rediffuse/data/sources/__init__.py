@@ -34,6 +34,17 @@ class Examples(Protocol):
     def __getitem__(self, row: int, /) -> Example | Broken: ...
 
 
+@runtime_checkable
+class FileExamples(Examples, Protocol):
+    """Examples that are names of files, small enough to be sent to other processes.
+
+    Decoding holds Python's lock for half of its time, so that threads wait for one another.
+    """
+
+    def some(self, rows: range) -> Examples:
+        """These rows alone, numbered from 0."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Images by part: "train" and, where there are any, "validation" and "test".

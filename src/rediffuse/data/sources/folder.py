@@ -1,7 +1,7 @@
 """Your own images."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,10 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def some(self, rows: range) -> "Files":
+        """These rows alone, numbered from 0."""
+        return replace(self, names=self.names[rows.start : rows.stop : rows.step])
 
     def __getitem__(self, row: int) -> Example | Broken:
         name, label = self.names[row]

@@ -1,0 +1,1 @@
+"""Rediffuse beside what people would use instead, in one run, alternating."""

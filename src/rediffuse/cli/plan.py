@@ -1,0 +1,40 @@
+"""`rediffuse plan`."""
+
+import json
+from pathlib import Path
+
+import click
+
+from rediffuse.cli import options
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from."
+)
+@options.json_output
+@options.root
+@options.trust
+def plan(
+    words: tuple[str, ...],
+    file: Path | None,
+    as_json: bool,
+    root: Path | None,
+    trust: tuple[str, ...],
+) -> None:
+    """Tell what training would take: parameters, FLOPs, memory, images a second, hours and disk.
+
+    Words are those of `rediffuse train`. The images are packed and a few steps are taken, about ten
+    seconds of them; no run is made.
+
+    \b
+    rediffuse plan experiment=mnist
+    rediffuse plan experiment=folder64 data.path=my/images training.batch_size=auto
+    """
+    from rediffuse import overview
+    from rediffuse.config.compose import compose
+    from rediffuse.plan import plan as planned
+
+    facts = planned(compose(list(words), file), root=root, trusted=trust)
+    click.echo(json.dumps(facts, indent=1)) if as_json else overview.print_facts(facts)
