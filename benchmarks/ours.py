@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.measure import Work
 from benchmarks.sizes import Size
-from rediffuse.data.batches import Batches
+from rediffuse.data.batches import Batch, Batches
 from rediffuse.denoiser import Denoiser
 from rediffuse.losses import simple
 from rediffuse.schedules.cosine import cosine
@@ -31,7 +31,7 @@ def pixels(size: Size, images: int = 2048) -> np.ndarray:
 
 def training(
     size: Size, precision: str, device: torch.device, *, compiled: bool = False
-) -> tuple[TrainState, Recipe, Iterator]:
+) -> tuple[TrainState, Recipe, Iterator[list[Batch]]]:
     """What `rediffuse train` would train with for this size: state, recipe, and the steps."""
     network = _network(size, device, compiled)
     state = TrainState(
