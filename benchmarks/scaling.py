@@ -67,6 +67,7 @@ def main() -> None:
 
 def _step(size: Size, precision: str, device: torch.device, steps: int = 4) -> Row:
     """Seconds and megabytes of a training step, by the clock and by the estimate."""
+    memory.give_back()
     before = memory.resident(device)
     state, recipe, batches = ours.training(size, precision, device)
     some: Batch = next(batches)[0]

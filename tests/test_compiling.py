@@ -13,7 +13,12 @@ import torch
 import yaml
 from cli import rediffuse, run_id
 
+from rediffuse import launch
+from rediffuse.config.compose import compose
+from rediffuse.errors import TrainingError
+from rediffuse.images import prepare
 from rediffuse.training.compiling import Trial
+from rediffuse.training.devices import Devices
 
 NORM = """
 import json, sys, torch
@@ -98,7 +103,8 @@ def test_a_trial_refuses_what_precision_does_not_explain(
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     words = (
         "train", "training.compile=true", "training.images=256", "training.epochs=null",
-        "training.batch_size=64", "threads=1", "training.previews=false", "tracking=none",
+        "training.batch_size=64", "threads=2", "training.preview_every_images=64",
+        "training.preview_count=4", "training.validate_every_images=64", "tracking=none",
     )  # fmt: skip
     whole = rediffuse(*words, root=tmp_path)
     assert "compiled network: " in whole.stderr
@@ -113,6 +119,24 @@ def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert kept[0]["images"] == 256
     config = yaml.safe_load((tmp_path / run_id(cut) / "config.yaml").read_text())
     assert config["training"]["compile"] is True
+    again = rediffuse("reproduce", run_id(cut), root=tmp_path)
+    assert "PASS" in again.stdout
+
+
+@pytest.mark.parametrize("wanted", [True, "auto"])
+def test_a_compiled_network_that_disagrees_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool | str
+) -> None:
+    other = Trial(difference=0.2, seconds=1.0, plain_seconds=2.0, precision=torch.float32)
+    monkeypatch.setattr(launch, "trial", lambda *given: other)
+    config = compose([f"training.compile={str(wanted).lower()}", "threads=1"])
+    images = prepare(config.data, tmp_path)
+    if wanted is True:
+        with pytest.raises(TrainingError, match=r"differs from the plain one by 0\.2"):
+            launch.settled(config, images, Devices(torch.device("cpu")))
+    else:
+        settled = launch.settled(config, images, Devices(torch.device("cpu")))
+        assert settled.training.compile is False
 
 
 def test_a_compiler_that_is_missing_is_named_or_done_without(
@@ -131,3 +155,17 @@ def test_a_compiler_that_is_missing_is_named_or_done_without(
     done = rediffuse(*words, "training.compile=auto", root=tmp_path)
     config = yaml.safe_load((tmp_path / run_id(done) / "config.yaml").read_text())
     assert config["training"]["compile"] is False
+    run = tmp_path / run_id(done)
+    text = (run / "config.yaml").read_text().replace("compile: false", "compile: true")
+    (run / "config.yaml").write_text(text)
+    drawn = rediffuse("sample", run.name, "--n", "1", "--steps", "2", root=tmp_path)
+    assert "sampling without" in drawn.stderr
+    refused = rediffuse("resume", run.name, "training.images=128", root=tmp_path, check=1)
+    assert "training.compile=false" in refused.stderr
+
+
+def test_an_automatic_batch_is_for_new_runs(tmp_path: Path) -> None:
+    words = ("training.images=64", "training.epochs=null", "training.previews=false", "threads=1")
+    run = run_id(rediffuse("train", *words, "tracking=none", root=tmp_path))
+    refused = rediffuse("resume", run, "training.batch_size=auto", root=tmp_path, check=2)
+    assert "a run that has begun needs a number" in refused.stderr

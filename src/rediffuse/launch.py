@@ -94,7 +94,9 @@ def resume(
     refuse_groups(typed, tree)
     set_values(tree, typed)
     config = checked(tree)
-    changed = changes(old, config)
+    changes(old, config)  # refuses what may not change
+    if config.training.batch_size == AUTO:
+        raise ConfigError("training.batch_size=auto: a run that has begun needs a number")
     check(config, trusted)
     keep_freed_memory()
     devices = choose(config.device)
@@ -107,6 +109,7 @@ def resume(
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
     config = _compile_settled(config, images, devices, trusted)
+    changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
     with closing(hooks.Interrupts()) as interrupts, _writing(run, devices):
         record = run.read()
@@ -160,8 +163,8 @@ def settled(
     )
     config = _resolved(config, images, exactness)
     if config.training.batch_size == AUTO:
-        size = devices.agree(str(_largest_batch(config, images, devices, trusted)))
-        config = _with_training(config, batch_size=int(size))
+        size = _largest_batch(config, images, devices, trusted)
+        config = _with_training(config, batch_size=size)
     return _compile_settled(config, images, devices, trusted)
 
 
@@ -178,17 +181,21 @@ _FULL = 0.8  # the share of free memory that `batch_size=auto` takes
 def _largest_batch(
     config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None
 ) -> int:
-    """The largest power of two that fits into free memory, and into an epoch."""
+    """Micro-batches of the largest power of two that fits into free memory, and into an epoch."""
     parts = config.training.accumulation * devices.ranks
-    state, recipe = fresh(_with_training(config, batch_size=parts), images, devices, trusted)
+    plain = _with_training(config, batch_size=parts, compile=False)
+    state, recipe = fresh(plain, images, devices, trusted)
     wanted = memory.estimated(state, recipe, few(images, devices, 2))
-    room = _FULL * free_bytes(devices.device) - wanted.lasting
-    fitting = int(min(room // wanted.each, images.per_epoch // parts))
-    if fitting < 1:
+    shared_by = devices.ranks if devices.device.type == "cpu" else 1
+    room = _FULL * free_bytes(devices.device) / shared_by - wanted.lasting
+    fitting = int(devices.gather(torch.tensor([int(room // wanted.each)])).min())
+    if fitting < 1 or images.per_epoch < parts:
         raise ConfigError(
-            f"training.batch_size=auto: not one image fits into {max(0, room) / 1e9:.2f} GB; use a "
-            "smaller network, smaller images or more accumulation"
+            f"training.batch_size=auto: not one image fits into {max(0, room) / 1e9:.2f} GB, or "
+            f"{images.per_epoch} images are fewer than ranks x accumulation; use a smaller "
+            "network, smaller images, or a number"
         )
+    fitting = min(fitting, images.per_epoch // parts)
     return int(parts * 2 ** (fitting.bit_length() - 1))
 
 
@@ -217,29 +224,38 @@ def _compile_settled(
     wanted = config.training.compile
     if not wanted:
         return config
-    count = min(_TRIED_IMAGES, config.training.batch_size)
+    parts = config.training.accumulation * devices.ranks
+    count = min(_TRIED_IMAGES, config.training.batch_size // parts)
     network, inputs = _example(config, images, devices, count, trusted)
+    found, failed = None, None
     try:
         found = trial(network, inputs, PRECISIONS[config.training.precision])
-    except TrainingError as failed:
+    except TrainingError as refused:
+        failed = refused
+    votes = [[found is not None, bool(found and found.agrees), bool(found and found.pays)]]
+    works, agrees, pays = devices.gather(torch.tensor(votes, dtype=torch.int64)).amin(0).tolist()
+    if not works:
+        failed = failed or TrainingError("training.compile: the compiler failed on another rank")
         if wanted is True:
-            raise
-        tell(f"{failed}; going on without", sys.stderr)
+            raise failed
+        if devices.is_main:
+            tell(f"{failed}; going on without", sys.stderr)
         return _with_training(config, compile=False)
-    if not found.agrees and wanted is True:
+    assert found
+    if not agrees and wanted is True:
         raise TrainingError(
             f"training.compile: the compiled network differs from the plain one by "
             f"{found.difference:.2g}, more than {config.training.precision} explains; set "
             "training.compile=false"
         )
-    taken = wanted is True or (found.agrees and found.seconds < found.plain_seconds)
+    taken = wanted is True or bool(agrees and pays)
     if devices.is_main:  # not among the lines that begin with the run's id
         tell(
             f"compiled network: {found.seconds / found.plain_seconds:.2f} of the plain one's time, "
             f"relative difference {found.difference:.1e}{'' if taken else ': not used'}",
             sys.stderr,
         )
-    return _with_training(config, compile=devices.agree(str(taken)) == "True")
+    return _with_training(config, compile=taken)
 
 
 _TRIED_IMAGES = 128

@@ -1,5 +1,6 @@
 """From a run to a model that can be sampled: one id is all that it takes."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from rediffuse import build, runs
 from rediffuse.config.compose import checked, read_yaml
 from rediffuse.config.schema import Config
 from rediffuse.denoiser import Denoiser
-from rediffuse.errors import CheckpointError, ConfigError, RunError
+from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
 from rediffuse.training.compiling import compile_network
 from rediffuse.training.devices import PRECISIONS, choose, keep_freed_memory, set_determinism
+from rediffuse.words import tell
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ def load(
     weights = weights if config.average.half_life_images else "raw"
     checkpoint.load_weights(network, chosen, weights)
     network = network.to(chosen_device).eval()
-    if compiled:  # as the previews were drawn
-        compile_network(network, chosen_device)
+    if compiled and chosen_device.type == "cpu":  # as the previews were drawn
+        try:
+            compile_network(network, chosen_device)
+        except TrainingError as failed:
+            tell(f"{failed}; sampling without, which may change last digits", sys.stderr)
     denoiser = build.denoiser(config, network, trusted)
     if isinstance(denoiser.schedule, nn.Module):
         checkpoint.load_schedule(denoiser.schedule, chosen)

@@ -1,5 +1,6 @@
 """What a run will take, told before it begins: size, memory, speed, time and room."""
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rediffuse import build, runs
 from rediffuse.config.schema import Config
+from rediffuse.errors import ConfigError
 from rediffuse.images import Images, prepare
 from rediffuse.launch import batches_of, few, free_bytes, fresh, settled
 from rediffuse.legality import check
@@ -26,7 +28,9 @@ MEASURED_S = 10.0
 """How long `plan` may train to measure, after the first two steps."""
 
 
-def plan(config: Config, *, root: Path | None = None, trusted: Sequence[str] = ()) -> Facts:
+def plan(
+    config: Config, *, root: Path | None = None, trusted: Sequence[str] | None = None
+) -> Facts:
     """Build the run, take a few steps, and tell what all of it will take; nothing is kept.
 
     The images are packed, as for training.
@@ -34,13 +38,15 @@ def plan(config: Config, *, root: Path | None = None, trusted: Sequence[str] = (
     Raises:
         RediffuseError: if the configuration or the images cannot work.
     """
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError("plan measures one process; start it without a launcher")
     check(config, trusted)
     home = runs.runs_root(root)
     devices = choose(config.device)
     images = prepare(config.data, home, trusted)
     config = settled(config, images, devices, trusted)
     memory.give_back()
-    before = memory.resident(devices.device)
+    before, free = memory.resident(devices.device), free_bytes(devices.device)
     state, recipe = fresh(config, images, devices, trusted)
     wanted = memory.estimated(state, recipe, few(images, devices, 2))
     rate, first, peak = _measured(config, images, state, recipe, before)
@@ -62,7 +68,7 @@ def plan(config: Config, *, root: Path | None = None, trusted: Sequence[str] = (
             "an image": wanted.each / 1e6,
             "estimated": wanted.total(micro) / 1e6,
             "measured": peak / 1e6,
-            "free": free_bytes(devices.device) / 1e6,
+            "free": free / 1e6,
         },
         "speed": {
             "images a second": rate,

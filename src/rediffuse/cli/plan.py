@@ -15,13 +15,11 @@ from rediffuse.cli import options
 )
 @options.json_output
 @options.root
-@options.trust
 def plan(
     words: tuple[str, ...],
     file: Path | None,
     as_json: bool,
     root: Path | None,
-    trust: tuple[str, ...],
 ) -> None:
     """Tell what training would take: parameters, FLOPs, memory, images a second, hours and disk.
 
@@ -36,5 +34,5 @@ def plan(
     from rediffuse.config.compose import compose
     from rediffuse.plan import plan as planned
 
-    facts = planned(compose(list(words), file), root=root, trusted=trust)
+    facts = planned(compose(list(words), file), root=root)
     click.echo(json.dumps(facts, indent=1)) if as_json else overview.print_facts(facts)

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -37,7 +38,7 @@ PARTS = ("train", "validation", "test")
 FACTS = "facts.json"
 _FACTS_BYTES = 500_000_000  # every image that was left out is named
 
-_CHUNK = 256  # images that a thread or process decodes at a time
+_CHUNK, _CHUNK_BYTES = 256, 2**24  # the most that a thread or process decodes at a time
 _WORTH_PROCESSES = 4096  # files: to start processes takes about a second
 
 Square = Callable[[Image.Image], UInt8[np.ndarray, "channel size size"]]
@@ -190,7 +191,8 @@ def _write_parts(
     with _bar(total, progress) as done:
         for part, examples in source.parts.items():
             rows = range(len(examples))
-            chunks = (rows[start : start + _CHUNK] for start in rows[::_CHUNK])
+            size = max(1, min(_CHUNK, _CHUNK_BYTES // math.prod(shape)))
+            chunks = (rows[start : start + size] for start in rows[::size])
             decode = partial(_decoded, square, len(source.class_names))
             worth_it = workers > 1 and len(examples) >= _WORTH_PROCESSES
             if worth_it and isinstance(examples, FileExamples):
@@ -215,21 +217,20 @@ def _in_threads(
 def _in_processes(
     decode: Decode, examples: FileExamples, chunks: Iterable[range], workers: int
 ) -> Generator[_Chunk]:
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky import ProcessPoolExecutor
 
-    pool = Parallel(workers, return_as="generator", pre_dispatch=4 * workers)
+    pool = ProcessPoolExecutor(workers)
+    parts = ((examples.some(rows), len(rows)) for rows in chunks)
     try:
-        yield from pool(
-            delayed(_apart)(decode, examples.some(rows), range(len(rows))) for rows in chunks
-        )
+        yield from ahead(pool, partial(_apart, decode), parts, 2 * workers)
     finally:
-        get_reusable_executor().shutdown(wait=True)  # or its processes would stay for minutes
+        pool.shutdown(wait=True, kill_workers=True)
 
 
-def _apart(decode: Decode, examples: Examples, rows: range) -> _Chunk:
+def _apart(decode: Decode, part: tuple[Examples, int]) -> _Chunk:
+    examples, count = part
     with _strict_pillow():
-        return decode(examples, rows)
+        return decode(examples, range(count))
 
 
 def _decoded(square: Square, classes: int, examples: Examples, rows: range) -> _Chunk:

@@ -67,6 +67,9 @@ def augment(
     if not flip and not crop_padding:
         return pixels
     u = uniform(seed, Stream.AUGMENT, index, 3)
+    if not crop_padding:
+        mirrored = (u[:, 0] < 0.5).to(pixels.device)
+        return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     height, width = pixels.shape[-2:]
     shift = (u[:, 1:] * (2 * crop_padding + 1)).long() - crop_padding
     y = _reflected(torch.arange(height) + shift[:, :1], height)

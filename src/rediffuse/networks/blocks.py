@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ def zero(layer: Layer) -> Layer:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def _activated(h: Tensor, *, own: bool) -> Tensor:
+    """SiLU; in the place of h, where that is nobody else's and no gradient asks what it was."""
+    return F.silu(h, inplace=own and not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -62,12 +68,13 @@ class ResidualBlock(nn.Module):
         self, x: Float[Tensor, "batch in_c height width"], embedding: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch out_c new_height new_width"]:
         modulation = self.modulation(embedding)
-        h = self.conv_1(self.resample(F.silu(self.norm_1(x))))
+        is_new = isinstance(self.norm_1, nn.GroupNorm | nn.BatchNorm2d)  # a user's may be a view
+        h = self.conv_1(self.resample(_activated(self.norm_1(x), own=is_new)))
         if self.scale_shift:
             h = modulated(self.norm_2, h, *modulation.chunk(2, dim=1))
         else:
             h = self.norm_2(h + modulation[:, :, None, None])
-        h = self.conv_2(self.dropout(F.silu(h)))
+        h = self.conv_2(self.dropout(_activated(h, own=True)))
         skipped: Tensor = self.skip(self.resample(x))
         return skipped + h
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Rows = Float[Tensor, "batch pixel channel"]
 PerChannel = Float[Tensor, "batch channel"]
@@ -64,8 +65,8 @@ class _GroupNorm(torch.autograd.Function):
         groups: int,
         eps: float,
     ) -> Tensor:
-        rows = _rows(x)
-        loops = _loops()
+        rows = _rows(x.detach())
+        loops = _loops(x.dtype, torch.is_inference_mode_enabled())
         with torch.autocast(x.device.type, enabled=False):
             mean, variance = _of_groups(rows, loops["moments"](rows), groups)
             rstd = (variance + eps).rsqrt()
@@ -76,9 +77,10 @@ class _GroupNorm(torch.autograd.Function):
         return _images(y, x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, m, mean, r = ctx.saved_tensors
-        rows, g, loops = _rows(x), _rows(grads[0]), _loops()
+        rows, g, loops = _rows(x), _rows(grads[0]), _loops(x.dtype, False)
         # Σ g and Σ g·(x - μ) over an image's pixels: dL/db, and dL/da + μ·dL/db
         on_b, on_a = loops["sums"](rows, g, mean)
         d_weight, d_bias = (m * r * on_a).sum(0), (m * on_b).sum(0)
@@ -148,8 +150,7 @@ def _combination(x: Rows, g: Rows, on_g: PerChannel, on_x: PerChannel, rest: Per
 
 
 @cache
-def _loops() -> dict[str, Any]:
-    """Compiled once for all shapes; the compiler is asked when the first one is called."""
+def _compiled() -> dict[str, Callable[..., Any]]:
     # It warns of a CUDA toolkit without a GPU, which does not concern loops on a CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     loops: dict[str, Callable[..., Any]] = {
@@ -159,3 +160,30 @@ def _loops() -> dict[str, Any]:
         "combination": _combination,
     }
     return {name: torch.compile(loop, dynamic=True) for name, loop in loops.items()}
+
+
+@cache
+def _loops(dtype: torch.dtype, inference: bool) -> dict[str, Callable[..., Any]]:
+    """The compiled loops, once they have met rows of this type in this mode.
+
+    What the compiler makes for all shapes depends on the first one that it sees: here it is always
+    the same, with three different sizes, so that a resumed process adds up in the same order.
+    """
+    loops = _compiled()
+    with torch.inference_mode(inference), torch.no_grad():
+        rows, per_channel = torch.ones(24, 196, 64, dtype=dtype), torch.ones(24, 64)
+        loops["moments"](rows)
+        loops["affine"](rows, per_channel, per_channel)
+        if not inference:
+            loops["sums"](rows, rows, per_channel)
+            loops["combination"](rows, rows, per_channel, per_channel, per_channel)
+    return loops
+
+
+def try_loops() -> None:
+    """Compile the loops.
+
+    Raises:
+        RuntimeError: if there is no compiler that works.
+    """
+    _loops(torch.float32, False)

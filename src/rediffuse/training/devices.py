@@ -113,8 +113,9 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        mallopt(_M_MMAP_THRESHOLD, 2**30)  # bytes of one tensor
+        # Bytes of one tensor; glibc before 2.35 takes no more than 32 MiB, or says 0.
+        if mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25):
+            mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

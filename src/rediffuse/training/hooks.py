@@ -25,6 +25,8 @@ from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.state import Sums, TrainState
 from rediffuse.training.step import Recipe
 
+_IMPORTED = time.monotonic()
+
 Record = Callable[[dict[str, float], int], None]
 
 
@@ -220,11 +222,11 @@ def first_step(tell: Callable[[str], None]) -> Hook:
 
 
 def _seconds_since_start() -> float:
-    """Seconds since this process was made; without /proc, since Python counts for it."""
+    """Seconds since this process was made; without /proc, since this module was imported."""
     with suppress(OSError):
         since_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot / os.sysconf("SC_CLK_TCK")
-    return time.process_time()
+    return time.monotonic() - _IMPORTED
 
 
 class Profile:

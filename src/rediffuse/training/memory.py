@@ -118,8 +118,9 @@ def forget_peak(device: torch.device) -> None:
     """Begin to watch for the most bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif (forget := Path("/proc/self/clear_refs")).exists():
-        forget.write_text("5")  # of proc(5): the peak begins anew
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # of proc(5): the peak begins anew
 
 
 def peak(device: torch.device) -> int:
