@@ -21,8 +21,8 @@ def to_model(
     Raises:
         ConfigError: if a list has not one number per channel.
     """
-    x = pixels.float() / 255
-    return (x - _per_channel(mean, x)) / _per_channel(std, x)
+    x = pixels.float()
+    return x.div_(255).sub_(_per_channel(mean, x)).div_(_per_channel(std, x))
 
 
 def to_uint8(
@@ -66,10 +66,11 @@ def augment(
     """
     if not flip and not crop_padding:
         return pixels
-    u = uniform(seed, Stream.AUGMENT, index, 3)
+    u = uniform(seed, Stream.AUGMENT, index, 3 if crop_padding else 1)
     if not crop_padding:
-        mirrored = (u[:, 0] < 0.5).to(pixels.device)
-        return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        # All bits of those to mirror; torch.where takes four times as long on bytes.
+        mirrored = ((u[:, 0] < 0.5).to(torch.uint8) * 255).to(pixels.device)
+        return pixels ^ ((pixels ^ pixels.flip(-1)) & mirrored[:, None, None, None])
     height, width = pixels.shape[-2:]
     shift = (u[:, 1:] * (2 * crop_padding + 1)).long() - crop_padding
     y = _reflected(torch.arange(height) + shift[:, :1], height)
