@@ -4,6 +4,7 @@ In processes of their own: the compiler cannot look through the tests' checks of
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ from rediffuse.errors import TrainingError
 from rediffuse.images import prepare
 from rediffuse.training.compiling import Trial
 from rediffuse.training.devices import Devices
+
+needs_a_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
 
 NORM = """
 import json, sys, torch
@@ -79,6 +84,7 @@ def run(program: str) -> str:
     return done.stdout
 
 
+@needs_a_compiler
 def test_the_group_norm_of_compiled_loops_is_torchs() -> None:
     for dtype, mean, difference in json.loads(run(NORM)):
         # float32: 6e-8 relative, times a mean of 50 deviations; bfloat16: 2^-9 each way
@@ -86,6 +92,7 @@ def test_the_group_norm_of_compiled_loops_is_torchs() -> None:
         assert difference < tolerance, (dtype, mean, difference)
 
 
+@needs_a_compiler
 def test_a_trial_compares_and_touches_nothing() -> None:
     run(NETWORK)
 
@@ -100,6 +107,7 @@ def test_a_trial_refuses_what_precision_does_not_explain(
     assert Trial(difference, 1.0, 2.0, precision).agrees is agrees
 
 
+@needs_a_compiler
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     words = (
         "train", "training.compile=true", "training.images=256", "training.epochs=null",
