@@ -226,6 +226,8 @@ def _compile_settled(
         return config
     parts = config.training.accumulation * devices.ranks
     count = min(_TRIED_IMAGES, config.training.batch_size // parts)
+    if devices.device.type == "cpu":  # where large images take seconds each
+        count = max(1, min(count, _TRIED_PIXELS // config.data.image_size**2))
     network, inputs = _example(config, images, devices, count, trusted)
     found, failed = None, None
     try:
@@ -258,7 +260,7 @@ def _compile_settled(
     return _with_training(config, compile=taken)
 
 
-_TRIED_IMAGES = 128
+_TRIED_IMAGES, _TRIED_PIXELS = 128, 100_000
 
 
 def _with_training(config: Config, **update: Any) -> Config:

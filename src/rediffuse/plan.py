@@ -58,32 +58,30 @@ def plan(
     count = config.training.keep_checkpoints + 2 + (images_planned // every if every else 0)
     return {
         "parameters": sum(p.numel() for p in state.network.parameters()),
-        "device": f"{devices.device}, {torch.get_num_threads()} threads"
-        if devices.device.type == "cpu"
-        else torch.cuda.get_device_name(devices.device),
-        "GFLOP an image": {"forward": forward / 1e9, "training": 3 * forward / 1e9},
-        "batch": {"images": config.training.batch_size, "at once": micro},
-        "memory, MB": {
-            "weights, gradients, moments, average": wanted.lasting / 1e6,
-            "an image": wanted.each / 1e6,
+        "device": _named(devices.device),
+        "GFLOP_per_image": {"forward": forward / 1e9, "training": 3 * forward / 1e9},
+        "batch": {"images": config.training.batch_size, "at_once": micro},
+        "memory_MB": {
+            "lasting": wanted.lasting / 1e6,
+            "per_image": wanted.each / 1e6,
             "estimated": wanted.total(micro) / 1e6,
             "measured": peak / 1e6,
             "free": free / 1e6,
         },
         "speed": {
-            "images a second": rate,
-            "GFLOP a second": rate * 3 * forward / 1e9,
-            "seconds to the end of step 1": first,
+            "images_per_s": rate,
+            "GFLOP_per_s": rate * 3 * forward / 1e9,
+            "first_step_s": first,
         },
         "length": {
             "images": images_planned,
             "epochs": images_planned / images.per_epoch,
             "hours": images_planned / rate / 3600,
         },
-        "disk, MB": {
-            "a checkpoint": kept / 1e6,
-            "checkpoints, at most": count * kept / 1e6,
-            "packed images": sum(p.images.nbytes for p in images.packed.parts.values()) / 1e6,
+        "disk_MB": {
+            "checkpoint": kept / 1e6,
+            "checkpoints_at_most": count * kept / 1e6,
+            "packed_images": sum(p.images.nbytes for p in images.packed.parts.values()) / 1e6,
         },
     }
 
@@ -98,6 +96,12 @@ def forward_flops(config: Config, num_classes: int, trusted: Sequence[str] | Non
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             network(x, torch.empty(1), cond)
     return int(counter.get_total_flops())
+
+
+def _named(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def _measured(

@@ -15,6 +15,9 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far outputs and gradients of the compiled network may lie from the plain one's (Trial)."""
 
 
+_LONG_ENOUGH_S = 5.0
+
+
 def compile_network(network: nn.Module, device: torch.device) -> None:
     """Let torch's compiler fuse what it can, in place, and lay the network out channels-last.
 
@@ -96,7 +99,10 @@ def trial(
         raise _no_compiler(failed) from failed
     differing = ((answer - expected).norm() / expected.norm()).item()
     seconds: dict[nn.Module, list[float]] = {compiled: [], plain: []}
-    for _ in range(rounds):
+    began = time.perf_counter()
+    for turn in range(rounds):
+        if turn and time.perf_counter() - began > _LONG_ENOUGH_S:
+            break
         for either, taken in seconds.items():
             start = time.perf_counter()
             _answer(either, inputs, precision)

@@ -101,8 +101,9 @@ def spikes(tell: Callable[[str], None], known: float) -> Hook:
         nonlocal known
         usual = state.usual_loss
         if (found := usual.spikes.item()) > known:
+            times = "once" if found - known == 1 else f"{found - known:g} times"
             tell(
-                f"the loss spiked {found - known:g} times, last after "
+                f"the loss spiked {times}, last after "
                 f"{usual.last_spike_images.item():,} images; usual is {usual.mean.item():.4g}"
             )
         known = found
