@@ -98,14 +98,8 @@ def resume(
     if config.training.batch_size == AUTO:
         raise ConfigError("training.batch_size=auto: a run that has begun needs a number")
     check(config, trusted)
-    keep_freed_memory()
     devices = choose(config.device)
-    set_determinism(
-        config.determinism,
-        devices.device,
-        config.threads,
-        compiled=bool(config.training.compile),
-    )
+    set_up(config, devices)
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
     config = _compile_settled(config, images, devices, trusted)
@@ -143,6 +137,13 @@ def load_config(run: Run) -> Config:
     return checked(read_yaml(run.config))
 
 
+def set_up(config: Config, devices: Devices) -> str:
+    """Set torch up for a run; return how exact it is."""
+    keep_freed_memory()
+    compiled = bool(config.training.compile)
+    return set_determinism(config.determinism, devices.device, config.threads, compiled=compiled)
+
+
 def settled(
     config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None = None
 ) -> Config:
@@ -154,14 +155,7 @@ def settled(
     Raises:
         RediffuseError: if nothing fits, or the compiled network is another one.
     """
-    keep_freed_memory()
-    exactness = set_determinism(
-        config.determinism,
-        devices.device,
-        config.threads,
-        compiled=bool(config.training.compile),
-    )
-    config = _resolved(config, images, exactness)
+    config = _resolved(config, images, set_up(config, devices))
     if config.training.batch_size == AUTO:
         size = _largest_batch(config, images, devices, trusted)
         config = _with_training(config, batch_size=size)

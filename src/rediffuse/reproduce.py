@@ -23,13 +23,13 @@ from rediffuse.data.packing import Packed
 from rediffuse.drift import Drift
 from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
-from rediffuse.launch import EXIT_CODES, batches_of, fresh, load_config, surroundings
+from rediffuse.launch import EXIT_CODES, batches_of, fresh, load_config, set_up, surroundings
 from rediffuse.legality import check
 from rediffuse.runs import Run
 from rediffuse.session import beginning, say
 from rediffuse.tracking.jsonl import append, lines_since, write_atomically
 from rediffuse.training import checkpoint, hooks
-from rediffuse.training.devices import Devices, choose, set_determinism
+from rediffuse.training.devices import Devices, choose
 from rediffuse.training.loop import Stop
 from rediffuse.training.loop import train as loop
 from rediffuse.training.state import TrainState
@@ -117,7 +117,7 @@ def reproduce(
     devices = choose(config.device)
     if devices.ranks > 1:
         raise RunError("reproduce compares one process; start it without torchrun or accelerate")
-    _set_up(config, devices)
+    set_up(config, devices)
     images = prepare(config.data, run.directory.parent, trusted)
     state, recipe = fresh(config, images, devices, trusted)
     now = surroundings(images, devices)
@@ -215,11 +215,6 @@ def _sha256(images: np.ndarray, labels: np.ndarray) -> str:
     return found.hexdigest()
 
 
-def _set_up(config: Config, devices: Devices) -> None:
-    compiled = bool(config.training.compile)
-    set_determinism(config.determinism, devices.device, config.threads, compiled=compiled)
-
-
 def _gone_on(
     state: TrainState,
     config: Config,
@@ -229,7 +224,7 @@ def _gone_on(
     trusted: Sequence[str],
 ) -> tuple[TrainState, Recipe]:
     """The same state in a recipe that resuming changed, by way of a checkpoint as there."""
-    _set_up(config, devices)
+    set_up(config, devices)
     again, recipe = fresh(config, images, devices, trusted)
     checkpoint.load_checkpoint(again, checkpoint.save_checkpoint(state, copy.checkpoints))
     return again, recipe

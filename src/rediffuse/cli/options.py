@@ -4,6 +4,13 @@ from pathlib import Path
 
 import click
 
+WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+"""The settings of a command that takes `key=value` and `--key value`."""
+
+words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+config_file = click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from."
+)
 root = click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False),

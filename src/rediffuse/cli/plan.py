@@ -8,19 +8,12 @@ import click
 from rediffuse.cli import options
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-@click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from."
-)
+@click.command(context_settings=options.WORDS)
+@options.words
+@options.config_file
 @options.json_output
 @options.root
-def plan(
-    words: tuple[str, ...],
-    file: Path | None,
-    as_json: bool,
-    root: Path | None,
-) -> None:
+def plan(words: tuple[str, ...], file: Path | None, as_json: bool, root: Path | None) -> None:
     """Tell what training would take: parameters, FLOPs, memory, images a second, hours and disk.
 
     Words are those of `rediffuse train`. The images are packed and a few steps are taken, about ten

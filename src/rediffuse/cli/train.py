@@ -9,14 +9,10 @@ import click
 
 from rediffuse.cli import options
 
-_WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
-
-@click.command(context_settings=_WORDS)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-@click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from."
-)
+@click.command(context_settings=options.WORDS)
+@options.words
+@options.config_file
 @click.option("--run-name", "--run_name", "name", help="What `rediffuse runs` calls it.")
 @click.option("-m", "--multirun", is_flag=True, help="One run for each of `key=a,b,c`.")
 @click.option("--show-config", is_flag=True, help="Print the whole configuration and stop.")
@@ -56,9 +52,9 @@ def train(
     return launch.train(config, root=root, parent=ids["parent_run_id"])
 
 
-@click.command(context_settings=_WORDS)
+@click.command(context_settings=options.WORDS)
 @click.argument("run_id")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@options.words
 @options.root
 @options.trust
 def resume(run_id: str, words: tuple[str, ...], root: Path | None, trust: tuple[str, ...]) -> int:

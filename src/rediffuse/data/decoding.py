@@ -1,7 +1,6 @@
 """From any picture file to a square of uint8."""
 
 import io
-import stat
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rediffuse.errors import DataError
+from rediffuse.reading import read_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -43,13 +43,14 @@ def read(path: Path) -> Image.Image:
 
 
 def _read(path: Path) -> Image.Image:
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise DataError("it is not a regular file")
-    if facts.st_size > MAX_FILE_BYTES:
-        raise DataError(f"it has more than {MAX_FILE_BYTES / 1e6:.0f} MB")
+    try:
+        data = read_bytes(path, MAX_FILE_BYTES)
+    except ValueError as refused:
+        raise DataError(str(refused)) from None
+    except IsADirectoryError:
+        raise DataError("it is not a regular file") from None
     # Pillow asks for a few bytes at a time: from memory that takes half as long.
-    with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(_TOO_MANY)
         image.load()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Rows = Float[Tensor, "batch pixel channel"]
@@ -38,14 +38,6 @@ def group_norm(
     offset = torch.zeros_like(ones) if shift is None else shift.float()
     answer: Tensor = _GroupNorm.apply(x, weight, bias, factor, offset, groups, eps)
     return answer
-
-
-def fuse(network: nn.Module) -> None:
-    """Lay a network out channels-last, and let its group norms be these loops; in place."""
-    network.to(memory_format=torch.channels_last)
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm) and hasattr(module, "fused"):
-            setattr(module, "fused", True)  # noqa: B010  # which not every norm has
 
 
 class _GroupNorm(torch.autograd.Function):

@@ -6,6 +6,7 @@ deviation in the precision of the weights and rounds only its answer.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
@@ -15,18 +16,26 @@ Norm = Callable[[int], nn.Module]
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's group norm or, once it is `fused`, the compiled loops of `networks.fused`."""
+    """torch's group norm or, once `compiled`, on a CPU the loops of `networks.fused`."""
 
-    fused = False
+    compiled = False
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
         """Normalise; with a scale and a shift per image and channel, (1 + scale)·h + shift."""
-        if self.fused and x.device.type == "cpu":
+        if self.compiled and x.device.type == "cpu":
             given = self.weight, self.bias, self.num_groups, self.eps
             return fused.group_norm(x, *given, scale, shift)
         return _modulated(super().forward(x), scale, shift)
+
+
+def fuse(network: nn.Module) -> None:
+    """Lay a network out channels-last, and let its group norms be compiled loops; in place."""
+    network.to(memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, GroupNorm):
+            module.compiled = True
 
 
 def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

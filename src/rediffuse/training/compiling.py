@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rediffuse.errors import TrainingError
-from rediffuse.networks.fused import fuse, try_loops
+from rediffuse.networks.fused import try_loops
+from rediffuse.networks.norms import fuse
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far outputs and gradients of the compiled network may lie from the plain one's (Trial)."""
 
-
-_LONG_ENOUGH_S = 5.0
+_ROUNDS, _LONG_ENOUGH_S = 3, 5.0
 
 
 def compile_network(network: nn.Module, device: torch.device) -> None:
@@ -73,7 +73,6 @@ def trial(
     network: nn.Module,
     inputs: Sequence[Tensor | None],
     precision: torch.dtype = torch.float32,
-    rounds: int = 3,
 ) -> Trial:
     """Compile a copy of a network and compare it with another copy; the network is not touched.
 
@@ -100,7 +99,7 @@ def trial(
     differing = ((answer - expected).norm() / expected.norm()).item()
     seconds: dict[nn.Module, list[float]] = {compiled: [], plain: []}
     began = time.perf_counter()
-    for turn in range(rounds):
+    for turn in range(_ROUNDS):
         if turn and time.perf_counter() - began > _LONG_ENOUGH_S:
             break
         for either, taken in seconds.items():
