@@ -34,14 +34,17 @@ def test_only_compose_imports_hydra() -> None:
     assert users == {"compose.py"}
 
 
-def test_the_engine_imports_with_torch_alone() -> None:
+def test_the_engine_and_the_metrics_import_with_torch_alone() -> None:
     absent = (
-        "hydra omegaconf mlflow pydantic PIL sklearn torchvision yaml rich click accelerate tqdm"
+        "hydra omegaconf mlflow pydantic PIL sklearn torchvision yaml rich click accelerate tqdm "
+        "scipy torch_fidelity torchmetrics transformers"
     )
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent.split()}))\n"
         "import rediffuse.training.loop, rediffuse.training.hooks, rediffuse.training.checkpoint\n"
         "import rediffuse.sampling, rediffuse.networks.unet, rediffuse.solvers.heun\n"
+        "from rediffuse.evaluation import agreement, colour, frechet, inception_score, kernel\n"
+        "from rediffuse.evaluation import features, manifold, mifid, moments\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
