@@ -63,6 +63,7 @@ def test_nothing_that_is_read_can_be_code() -> None:
         for file in SOURCES
         for line in file.read_text().splitlines()
         if pattern.search(line) and '"""' not in line and not line.strip().startswith("#")
+        if "weights_only=True" not in line
     }
     assert {
         line for line in found if "network.eval(" not in line and ".eval()" not in line
