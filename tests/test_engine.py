@@ -119,7 +119,7 @@ def test_a_step_without_finite_gradients_changes_no_weight_and_no_average(value:
     steps = batches().since(0)
     train_step(recipe, state, next(steps))
     written: list[dict[str, Any]] = []
-    look = hooks.non_finite(lambda values, images: written.append({**values, "at": images}), 3)
+    look = hooks.NonFinite(lambda values, images: written.append({**values, "at": images}), 3)
     before, averaged = weights(state.network), weights(state.average.network)  # type: ignore[union-attr]
     moments = json.dumps(str(state.optimizer.state_dict()["state"]))
     poisoned = [batch._replace(x_0=batch.x_0.clone()) for batch in next(steps)]

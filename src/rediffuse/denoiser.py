@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rediffuse.process import Prediction, Scales, Schedule
 from rediffuse.targets import Target, check_target, solve
-from rediffuse.tensors import expand
+from rediffuse.tensors import expand, sent
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 
@@ -53,7 +53,7 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, at: Scales, cond: Tensor | None, given: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the network says, in x_t's precision, and its variance fraction if it has one."""
-        label = self.schedule.label(t).float().to(x_t.device).expand(len(x_t))
+        label = sent(self.schedule.label(t).float(), x_t.device).expand(len(x_t))
         shown = x_t * expand(self._input_scale(at), x_t)
         if self.estimate_range:
             low, high = (end.to(x_t) for end in self.estimate_range)

@@ -14,6 +14,7 @@ from rediffuse.errors import ConfigError
 from rediffuse.likelihood import Level, bound_term, log_posterior_variance
 from rediffuse.process import Prediction, Schedule, goes_in_steps
 from rediffuse.targets import combine, solve
+from rediffuse.tensors import sent
 from rediffuse.weightings import Weighting
 
 
@@ -123,8 +124,12 @@ def _weighed(denoiser: Denoiser, weighting: Weighting, noised: Noised, per_pixel
     """Weigh each image's mean; a weight that learns pays -ln w (Karras et al. 2024, Eq. 14)."""
     per_image = per_pixel.flatten(1).mean(dim=1)
     weight = weighting(denoiser.schedule, noised.t, denoiser.target)
-    weighed = weight.to(per_image) * per_image
-    return weighed - weight.log().to(per_image) if isinstance(weighting, nn.Module) else weighed
+
+    def there(value: Tensor) -> Tensor:
+        return sent(value.to(per_image.dtype), per_image.device)
+
+    weighed = there(weight) * per_image
+    return weighed - there(weight.log()) if isinstance(weighting, nn.Module) else weighed
 
 
 def _one_term_for_all(

@@ -47,6 +47,7 @@ class Session:
         self._spikes, self._begun = 0.0, False
         self._validation = self._held_out()
         self._last_preview: int | None = None
+        self._skipped = hooks.NonFinite(self._fault, config.training.non_finite_limit)
 
     def begin(self, state: TrainState) -> None:
         """Open the record where the state is, and say what is going to happen."""
@@ -73,7 +74,7 @@ class Session:
         when = partial(every, batch_size=size)
         often = training.log_every_images or min(50 * size, epoch)
         looking: list[Hook] = [
-            hooks.non_finite(self._fault, training.non_finite_limit),
+            self._skipped,
             when(often, hook=hooks.log(self._record)),
             when(epoch, hook=hooks.log_epoch(self._record, epoch)),
         ]
@@ -144,6 +145,7 @@ class Session:
 
     def end(self, state: TrainState, status: Status) -> None:
         """Settle the record of a run that went as far as it should."""
+        self._skipped.look(state)
         if self._main:
             self._settle(state, status)
 

@@ -20,6 +20,7 @@ from rediffuse.data.ahead import ahead
 from rediffuse.data.pixels import Level, augment, to_model
 from rediffuse.errors import ConfigError, DataError
 from rediffuse.randomness import order
+from rediffuse.tensors import sent
 
 _CPU = torch.device("cpu")
 _ORDERED_AT_ONCE = 16_384  # images: `order` costs milliseconds a call, and little more for many
@@ -113,7 +114,7 @@ class Batches:
         index, places = share
         rows = places.numpy() if self.rows is None else self.rows[places.numpy()]
         pixels = (
-            self._resident[torch.from_numpy(rows).to(self.device)]
+            self._resident[sent(torch.from_numpy(rows), self.device)]
             if self.on_device
             else self._sendable(self.images[rows])
         )
@@ -122,10 +123,14 @@ class Batches:
     def _finished(self, gathered: tuple[Tensor, Tensor, Tensor | None]) -> list[Batch]:
         index, pixels, cond = gathered
         pixels = augment(
-            self._sent(pixels), index, self.seed, flip=self.flip, crop_padding=self.crop_padding
+            sent(pixels, self.device),
+            index,
+            self.seed,
+            flip=self.flip,
+            crop_padding=self.crop_padding,
         )
         pieces = self.micro_batches
-        conds = [None] * pieces if cond is None else self._sent(cond).chunk(pieces)
+        conds = [None] * pieces if cond is None else sent(cond, self.device).chunk(pieces)
         return [
             Batch(i, to_model(p, self.mean, self.std), c)
             for i, p, c in zip(index.chunk(pieces), pixels.chunk(pieces), conds, strict=True)
@@ -136,12 +141,9 @@ class Batches:
         return torch.from_numpy(np.array(self.images)).to(self.device)
 
     def _sendable(self, array: np.ndarray) -> Tensor:
-        """A tensor that a CUDA device can fetch while the CPU goes on."""
+        """A tensor that is pinned, where that matters, by the thread that gathers it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def _sent(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def fixed(

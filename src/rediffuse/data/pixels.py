@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError, DataError
 from rediffuse.randomness import Stream, uniform
+from rediffuse.tensors import sent
 
 Level = float | Sequence[float]
 """One number, or one per channel, where black is 0 and white is 1."""
@@ -69,7 +70,7 @@ def augment(
     u = uniform(seed, Stream.AUGMENT, index, 3 if crop_padding else 1)
     if not crop_padding:
         # All bits of those to mirror; torch.where takes four times as long on bytes.
-        mirrored = ((u[:, 0] < 0.5).to(torch.uint8) * 255).to(pixels.device)
+        mirrored = sent((u[:, 0] < 0.5).to(torch.uint8) * 255, pixels.device)
         return pixels ^ ((pixels ^ pixels.flip(-1)) & mirrored[:, None, None, None])
     height, width = pixels.shape[-2:]
     shift = (u[:, 1:] * (2 * crop_padding + 1)).long() - crop_padding
@@ -78,7 +79,7 @@ def augment(
     if flip:
         x = torch.where(u[:, :1] < 0.5, x.flip(1), x)
     image, channel = (torch.arange(n, device=pixels.device) for n in pixels.shape[:2])
-    y, x = y.to(pixels.device), x.to(pixels.device)
+    y, x = sent(y, pixels.device), sent(x, pixels.device)
     return pixels[
         image[:, None, None, None], channel[:, None, None], y[:, None, :, None], x[:, None, None]
     ]
@@ -97,4 +98,4 @@ def _per_channel(level: Level, x: Tensor) -> float | Tensor:
             f"data.mean and data.std: {list(level)} has {len(level)} numbers for images of "
             f"{x.shape[-3]} channels; give one number for all, or one per channel"
         )
-    return torch.tensor(level, device=x.device).reshape(-1, 1, 1)
+    return sent(torch.tensor(level), x.device).reshape(-1, 1, 1)

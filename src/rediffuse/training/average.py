@@ -28,13 +28,22 @@ class Average:
         return min(decay, (1 + steps) / (10 + steps))
 
     @torch.no_grad()
-    def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move towards the live weights by one step; buffers are copied, not averaged."""
+    def update(
+        self, network: nn.Module, images_seen: int, batch_size: int, finite: Tensor | None = None
+    ) -> None:
+        """Move towards the live weights by one step; buffers are copied, not averaged.
+
+        Where `finite` says no, nothing moves, and no device has to tell.
+        """
         live = [parameter.float() for parameter in network.parameters()]
-        torch._foreach_lerp_(self._averaged, live, 1 - self.decay(images_seen, batch_size))
-        _copy(self._copied, list(network.buffers()))
-
-
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    for mine, theirs in zip(to, source, strict=True):
-        mine.copy_(theirs)
+        share = 1 - self.decay(images_seen, batch_size)
+        if finite is None or finite.device.type == "cpu":
+            if finite is not None and not finite:
+                return
+            torch._foreach_lerp_(self._averaged, live, share)
+        else:
+            apart = torch._foreach_sub(live, self._averaged)
+            torch._foreach_mul_(apart, share * finite)
+            torch._foreach_add_(self._averaged, apart)
+        for mine, theirs in zip(self._copied, network.buffers(), strict=True):
+            mine.copy_(theirs if finite is None else torch.where(finite, theirs, mine))

@@ -73,9 +73,9 @@ def snapshot(state: TrainState) -> Snapshot:
                     f"{name} in {file} is not finite after {state.images_seen:,} images: nothing "
                     "is saved, and the checkpoint before is untouched"
                 )
-    counters = {name: getattr(state, name) for name in _COUNTERS}
     facts = {
-        **counters,
+        **{name: getattr(state, name) for name in _COUNTERS},
+        **{name: getattr(state, name).item() for name in _SKIPPED},
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "since_log": state.since_log.as_json(),
         "this_epoch": state.this_epoch.as_json(),
@@ -153,6 +153,8 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
         state.scaler.load_state_dict(saved["scaler"])
     for name in _COUNTERS:
         setattr(state, name, saved[name])
+    for name in _SKIPPED:
+        setattr(state, name, torch.tensor(saved[name]))
     state.since_log = Sums.from_json(saved["since_log"])
     state.this_epoch = Sums.from_json(saved["this_epoch"])
     state.usual_loss = UsualLoss.from_json(saved["usual_loss"])
@@ -225,7 +227,7 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     try:
         if _sha256(checkpoint / _STATE) == expected:
             read: dict[str, Any] = json.loads((checkpoint / _STATE).read_bytes())
-            counted = (read[name] for name in _COUNTS)
+            counted = (read[name] for name in ("images_seen", "step", *_SKIPPED))
             if all(type(n) is int and n >= 0 for n in counted):
                 return {**read}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -297,8 +299,8 @@ def _all_facts(folder: Path) -> dict[Path, dict[str, Any]]:
     return known
 
 
-_COUNTS = ("images_seen", "step", "skipped_steps", "skipped_in_a_row")
-_COUNTERS = (*_COUNTS, "metrics", "best_loss", "checks_since_best")
+_SKIPPED = ("skipped_steps", "skipped_in_a_row")
+_COUNTERS = ("images_seen", "step", "metrics", "best_loss", "checks_since_best")
 
 
 def _commit(saved: Snapshot, folder: Path) -> Path:

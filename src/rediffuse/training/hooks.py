@@ -20,6 +20,7 @@ from rediffuse.errors import TrainingError
 from rediffuse.losses import Noised
 from rediffuse.process import diffuse
 from rediffuse.randomness import Stream, normal, uniform
+from rediffuse.tensors import sent
 from rediffuse.times import LossAware
 from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.state import Sums, TrainState
@@ -38,7 +39,7 @@ def log(record: Record) -> Hook:
         values = state.since_log.means()
         values |= {name: metrics[name].item() for name in ("gradient_norm", "learning_rate")}
         values |= {"images_per_s": clock.per_second(state.images_seen)}
-        values |= {"skipped_steps": float(state.skipped_steps)}
+        values |= {"skipped_steps": float(state.skipped_steps.item())}
         values |= {"loss_spikes": state.usual_loss.spikes.item()}
         state.metrics["loss"] = values["loss"]
         record(values, state.images_seen)
@@ -84,7 +85,7 @@ def validation_loss(recipe: Recipe, state: TrainState, batches: Sequence[Batch])
         # One time in each of as many equal parts of the clock as there are images.
         u = (batch.index + uniform(recipe.seed, Stream.EVALUATION, batch.index, 1)[:, 0]) / images
         t = drawn(schedule, u)
-        index = batch.index.to(batch.x_0.device)
+        index = sent(batch.index, batch.x_0.device)
         eps = normal(recipe.seed, Stream.EVALUATION, index, tuple(batch.x_0.shape[1:]), draw=1)
         with recipe.autocast():
             x_t = diffuse(schedule, batch.x_0, eps, t)
@@ -111,37 +112,55 @@ def spikes(tell: Callable[[str], None], known: float) -> Hook:
     return look
 
 
-def non_finite(record: Callable[[dict[str, Any], int], None], limit: int) -> Hook:
+class NonFinite:
     """Record every skipped step: which images, at which times, with which losses and gradients.
 
-    The hook raises TrainingError after `limit` such steps in a row.
+    A CPU is asked after each step; another device only when `due` steps have gathered, since it
+    would have to finish all that it was told. TrainingError is raised after `limit` such steps in a
+    row.
     """
 
-    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        if not state.skipped_in_a_row:
+    def __init__(
+        self, record: Callable[[dict[str, Any], int], None], limit: int, due: int = 50
+    ) -> None:
+        self._record, self._limit, self._due = record, limit, due
+        self._gathered: list[tuple[int, int, dict[str, Tensor]]] = []
+
+    def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Take a step in, and look where that costs nothing, or is due."""
+        self._gathered.append((state.step, state.images_seen, metrics))
+        if metrics["finite"].device.type == "cpu" or len(self._gathered) >= self._due:
+            self.look(state)
+
+    def look(self, state: TrainState) -> None:
+        """Record what has gathered; raise if too many steps in a row were skipped."""
+        gathered, self._gathered = self._gathered, []
+        if not gathered or torch.stack([m["finite"] for _, _, m in gathered]).all():
             return
-        record(_fault(state, metrics), state.images_seen)
-        if state.skipped_in_a_row >= limit:
+        for step, images_seen, metrics in gathered:
+            if not metrics["finite"]:
+                self._record(_fault(state, step, metrics), images_seen)
+        if (in_a_row := int(state.skipped_in_a_row)) >= self._limit:
             raise TrainingError(
-                f"{state.skipped_in_a_row} steps in a row without finite gradients (norm "
+                f"{in_a_row} steps in a row without finite gradients (norm "
                 f"{metrics['gradient_norm'].item():g} after {state.images_seen:,} images), written "
                 "down in logs/non_finite.jsonl; the last checkpoint is untouched. Lower "
                 "training.learning_rate, or use precision=bf16 or fp32"
             )
 
-    return look
 
-
-def _fault(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, Any]:
+def _fault(state: TrainState, step: int, metrics: dict[str, Tensor]) -> dict[str, Any]:
     """All that may explain a step without finite gradients; the norms are those of each tensor."""
-    norms = {
-        name: str(parameter.grad.norm().item())
-        for part, prefix in ((state.network, ""), (state.learned, "learned."))
-        for name, parameter in part.named_parameters(prefix.rstrip("."))
+    names = [
+        name
+        for part, prefix in ((state.network, ""), (state.learned, "learned"))
+        for name, parameter in part.named_parameters(prefix)
         if parameter.grad is not None
-    }
+    ]
+    told = metrics["gradient_norms"].tolist()
+    norms = {name: str(norm) for name, norm in zip(names, told, strict=True)}
     return {
-        "step": state.step,
+        "step": step,
         "loss": str(metrics["loss"].item()),
         "gradient_norm": str(metrics["gradient_norm"].item()),
         "samples": metrics["samples"].tolist(),

@@ -64,9 +64,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it takes the attributes `found_inf` and `grad_scale` of `torch.amp.GradScaler`."""
+    takes = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return takes and all(group.get("fused") for group in optimizer.param_groups)
+
+
 def _decaying(groups: Groups, weight_decay: float) -> Groups:
     return [{**group, "weight_decay": weight_decay if group["decays"] else 0.0} for group in groups]
 
 
 def _fused(groups: Groups) -> bool:
-    return all(p.device.type in {"cpu", "cuda"} for group in groups for p in group["params"])
+    return all(p.device.type in _FUSED for group in groups for p in group["params"])
+
+
+_FUSED = {"cpu", "cuda"}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rediffuse.tensors import sent
 from rediffuse.training.average import Average
 
 BIN_EDGES = (-4.0, -2.0, 0.0, 2.0, 4.0)
@@ -25,12 +26,11 @@ class Sums:
     def of(cls, losses: Tensor, half_log_snr: Tensor, weights: Tensor | None = None) -> "Sums":
         """The sums of one batch: a loss, a noise level and perhaps a weight per image."""
         bins = torch.bucketize(half_log_snr.float().cpu(), torch.tensor(BIN_EDGES))
-        counted = torch.nn.functional.one_hot(bins, _BINS).to(losses)
+        counted = sent(torch.nn.functional.one_hot(bins, _BINS).to(losses.dtype), losses.device)
+        losses_sum = losses.sum()
         if weights is not None:
-            counted = counted * weights.to(losses)[:, None]
-            losses_sum = (losses * weights.to(losses)).sum()
-        else:
-            losses_sum = losses.sum()
+            on_device = sent(weights.to(losses.dtype), losses.device)
+            counted, losses_sum = counted * on_device[:, None], (losses * on_device).sum()
         return cls(losses_sum, losses @ counted, counted.sum(dim=0))
 
     def tensors(self) -> list[Tensor]:
@@ -39,9 +39,13 @@ class Sums:
 
     def add(self, more: "Sums") -> None:
         """Add another's sums, on its device."""
-        self.loss = self.loss.to(more.loss.device) + more.loss
-        self.bin_loss = self.bin_loss.to(more.bin_loss.device) + more.bin_loss
-        self.bin_images = self.bin_images.to(more.bin_images.device) + more.bin_images
+        mine = (sent(value, more.loss.device) for value in self.tensors())
+        sums = [value + theirs for value, theirs in zip(mine, more.tensors(), strict=True)]
+        self.loss, self.bin_loss, self.bin_images = sums
+
+    def where(self, condition: Tensor) -> "Sums":
+        """The sums if the condition is true, else nothing; nobody has to know which."""
+        return Sums(*(torch.where(condition, value, 0.0) for value in self.tensors()))
 
     def means(self) -> dict[str, float]:
         """The mean loss, over all noise levels and in each bin that saw an image."""
@@ -88,7 +92,7 @@ class UsualLoss:
 
     def see(self, loss: Tensor, images_seen: int) -> None:
         """Take in the loss of the step that began at `images_seen`, unless it is not finite."""
-        mean, variance, spikes, last = (getattr(self, n).to(loss.device) for n in _USUAL)
+        mean, variance, spikes, last = (sent(getattr(self, n), loss.device) for n in _USUAL)
         above, limit = loss - mean, SPIKE * variance.sqrt()
         spike = loss.isfinite() & (above > limit) & (self.steps >= _USUAL_STEPS)
         self.spikes = spikes + spike
@@ -119,6 +123,7 @@ class TrainState:
 
     `learned` holds what else learns, by its axis: a schedule, a weighting, the times. `step` counts
     optimizer steps, skipped ones too; `metrics` are the last of those that a best may be chosen by.
+    What a step decides upon are tensors, which stay on the device until somebody reads them.
     """
 
     network: nn.Module
@@ -131,11 +136,19 @@ class TrainState:
     since_log: Sums = field(default_factory=Sums)
     this_epoch: Sums = field(default_factory=Sums)
     usual_loss: UsualLoss = field(default_factory=UsualLoss)
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
+    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     metrics: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None
     checks_since_best: int = 0
+
+    def count(self, finite: Tensor) -> None:
+        """Count a step that was skipped unless it was finite."""
+        total, in_a_row = (
+            sent(n, finite.device) for n in (self.skipped_steps, self.skipped_in_a_row)
+        )
+        self.skipped_steps = total + ~finite
+        self.skipped_in_a_row = torch.where(finite, 0, in_a_row + 1)
 
     @property
     def sampler(self) -> nn.Module:

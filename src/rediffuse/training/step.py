@@ -13,10 +13,10 @@ from rediffuse.losses import Noised, Objective
 from rediffuse.pairings import Pairing, independent
 from rediffuse.process import diffuse
 from rediffuse.randomness import Stream, normal, torch_seeded, uniform
-from rediffuse.tensors import expand
+from rediffuse.tensors import expand, sent
 from rediffuse.times import LossAware, Times
 from rediffuse.training.devices import Devices
-from rediffuse.training.optimizers import set_learning_rate
+from rediffuse.training.optimizers import decides_on_device, set_learning_rate
 from rediffuse.training.state import Sums, TrainState
 from rediffuse.weightings import Weighting
 
@@ -54,8 +54,9 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     """Ho et al. 2020, Alg. 1, for one batch in one or more pieces; return loss and gradient norm.
 
     A step whose loss or gradients are not finite leaves weights, average and optimizer alone and is
-    counted. The gradients stay where they are until the next step; `samples`, `times` and `losses`
-    are of this rank's images.
+    counted. Whether it was is decided on the device, so that a GPU need not be waited for; with
+    float16, a part that learns beside the network, or an optimizer that cannot, the step waits.
+    `samples`, `times` and `losses` are of this rank's images, `gradient_norms` of each tensor.
     """
     rate = recipe.learning_rate(state.images_seen + recipe.batch_size)
     set_learning_rate(state.optimizer, rate)
@@ -67,24 +68,31 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     recipe.devices.sum_over_ranks([*gradients, *also, loss, *sums.tensors()])
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norms = _norms(gradients)
+    norm = torch.linalg.vector_norm(norms)
+    beside = _norms(also, on=norm.device)
+    finite = (norm + loss).isfinite() & beside.isfinite().all()
+    _update(recipe, state, norm, finite)
+    if isinstance(recipe.times, LossAware) and finite:
+        recipe.times.update(recipe.denoiser.schedule, *map(recipe.devices.gather, seen))
+    for window in (state.since_log, state.this_epoch):
+        window.add(sums.where(finite))
     state.usual_loss.see(loss, state.images_seen)
-    if torch.isfinite(norm + loss) and all(gradient.isfinite().all() for gradient in also):
-        _update(recipe, state, norm)
-        if isinstance(recipe.times, LossAware):
-            recipe.times.update(recipe.denoiser.schedule, *map(recipe.devices.gather, seen))
-        for window in (state.since_log, state.this_epoch):
-            window.add(sums)
-    else:
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
+    state.count(finite)
     if state.scaler:
         state.scaler.update()
     state.images_seen += recipe.batch_size
     state.step += 1
-    measured = {"loss": loss, "gradient_norm": norm, "learning_rate": torch.tensor(rate)}
-    index = torch.cat([batch.index for batch in batches])
-    return measured | {"samples": index, "times": seen[0], "losses": seen[1]}
+    return {
+        "loss": loss,
+        "gradient_norm": norm,
+        "learning_rate": torch.tensor(rate),
+        "finite": finite,
+        "gradient_norms": torch.cat((norms, beside)),
+        "samples": torch.cat([batch.index for batch in batches]),
+        "times": seen[0],
+        "losses": seen[1],
+    }
 
 
 def accumulate(
@@ -99,7 +107,7 @@ def accumulate(
     for batch in batches:
         losses, t = batch_losses(recipe, batch)
         weights = _importance(recipe, t)
-        weighed = losses if weights is None else losses * weights.to(losses)
+        weighed = losses if weights is None else losses * expand(weights, losses)
         _backward(recipe, state, weighed)
         total += weighed.detach().sum() / recipe.batch_size
         noise_level = recipe.denoiser.schedule(t).half_log_snr.detach()
@@ -129,7 +137,7 @@ def _spread(recipe: Recipe, index: Tensor) -> Tensor:
 
 def _noised(recipe: Recipe, batch: Batch, t: Tensor) -> Noised:
     """Everything that an objective is told about a batch."""
-    x_0, on_device = batch.x_0, batch.index.to(batch.x_0.device)
+    x_0, on_device = batch.x_0, sent(batch.index, batch.x_0.device)
 
     def drawn(stream: Stream, draw: int, shape: tuple[int, ...]) -> Tensor:
         return normal(recipe.seed, stream, on_device, shape, draw)
@@ -192,14 +200,41 @@ def _some_dropped(recipe: Recipe, batch: Batch) -> Tensor | None:
     if batch.cond is None or recipe.null_class is None:
         return batch.cond
     drawn = uniform(recipe.seed, Stream.LABEL_DROP, batch.index, 1)[:, 0]
-    hidden = (drawn < recipe.label_dropout).to(batch.cond.device)
+    hidden = sent(drawn < recipe.label_dropout, batch.cond.device)
     return batch.cond.masked_fill(hidden, recipe.null_class)
 
 
-_CLIP_EPS = 1e-6  # torch divides by norm + 1e-6: below the limit it would multiply all by 1
+def _norms(gradients: Sequence[Tensor], on: torch.device | None = None) -> Tensor:
+    """The norm of each tensor of gradients, in one vector."""
+    if not gradients:
+        return torch.zeros(0, device=on)
+    return torch.stack([norm.float().to(on) for norm in torch._foreach_norm(list(gradients))])
 
 
-def _update(recipe: Recipe, state: TrainState, norm: Tensor) -> None:
+_CLIP_EPS = 1e-6  # as torch's clip_grad_norm_ has it
+
+
+def _update(recipe: Recipe, state: TrainState, norm: Tensor, finite: Tensor) -> None:
+    """Step the optimizer along gradients no longer than `clip_norm`, and the average after it."""
+    optimizer, clip = state.optimizer, recipe.clip_norm
+    if state.scaler or any(state.learned.parameters()) or not decides_on_device(optimizer):
+        if finite:
+            _update_at_once(recipe, state, norm)
+        return
+    # What loss scaling has made of fused optimizers: they divide gradients, and skip a step.
+    optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+    if clip is not None and not (norm.device.type == "cpu" and norm + _CLIP_EPS <= clip):
+        longer = (norm + _CLIP_EPS) / clip
+        optimizer.grad_scale = longer.clamp(min=1)  # type: ignore[attr-defined]
+    optimizer.step()
+    for name in ("found_inf", "grad_scale"):
+        vars(optimizer).pop(name, None)
+    if state.average:
+        state.average.update(state.network, state.images_seen, recipe.batch_size, finite)
+
+
+def _update_at_once(recipe: Recipe, state: TrainState, norm: Tensor) -> None:
+    """The same for a step that is known to be finite."""
     if recipe.clip_norm is not None and norm + _CLIP_EPS > recipe.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(state.network.parameters(), recipe.clip_norm, norm)
     if state.scaler:
@@ -208,4 +243,3 @@ def _update(recipe: Recipe, state: TrainState, norm: Tensor) -> None:
         state.optimizer.step()
     if state.average:
         state.average.update(state.network, state.images_seen, recipe.batch_size)
-    state.skipped_in_a_row = 0
