@@ -45,6 +45,7 @@ from rediffuse.training.compiling import compile_network, trial
 from rediffuse.training.devices import (
     PRECISIONS,
     Devices,
+    bfloat16_pays,
     choose,
     keep_freed_memory,
     set_determinism,
@@ -102,7 +103,7 @@ def resume(
     set_up(config, devices)
     images = prepare(config.data, run.directory.parent, trusted)
     _check_same_images(run, images)
-    config = _compile_settled(config, images, devices, trusted)
+    config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
     with closing(hooks.Interrupts()) as interrupts, _writing(run, devices):
@@ -149,13 +150,14 @@ def settled(
 ) -> Config:
     """Decide and write down what was left open, and set torch up for it.
 
-    That is the learning rate's horizon, how exact, how many threads, `batch_size=auto` and
-    `compile=auto`.
+    That is the learning rate's horizon, how exact, how many threads, and what is `auto`: precision,
+    batch size, compiler.
 
     Raises:
         RediffuseError: if nothing fits, or the compiled network is another one.
     """
     config = _resolved(config, images, set_up(config, devices))
+    config = _precision_settled(config, devices)
     if config.training.batch_size == AUTO:
         size = _largest_batch(config, images, devices, trusted)
         config = _with_training(config, batch_size=size)
@@ -167,6 +169,25 @@ def _resolved(config: Config, images: Images, exactness: str) -> Config:
     rate = config.rate.model_copy(update={"horizon_images": horizon})
     threads = config.threads or torch.get_num_threads()
     return config.model_copy(update={"rate": rate, "determinism": exactness, "threads": threads})
+
+
+def _precision_settled(config: Config, devices: Devices) -> Config:
+    """Take bfloat16 for `auto` where every rank is faster with it; warn where it was chosen and is
+    slower.
+    """
+    asked = config.training.precision
+    if asked not in ("auto", "bf16") or (asked == "bf16" and devices.device.type != "cpu"):
+        return config
+    pays = bool(devices.gather(torch.tensor([int(bfloat16_pays(devices.device))])).min())
+    if asked == "auto":
+        return _with_training(config, precision="bf16" if pays else "fp32")
+    if not pays and devices.is_main:
+        tell(
+            "training.precision=bf16: this processor is faster with float32, maybe by far; "
+            "training.precision=auto would take fp32",
+            sys.stderr,
+        )
+    return config
 
 
 _FULL = 0.8  # the share of free memory that `batch_size=auto` takes

@@ -18,7 +18,13 @@ from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
 from rediffuse.training.compiling import compile_network
-from rediffuse.training.devices import PRECISIONS, choose, keep_freed_memory, set_determinism
+from rediffuse.training.devices import (
+    PRECISIONS,
+    bfloat16_pays,
+    choose,
+    keep_freed_memory,
+    set_determinism,
+)
 from rediffuse.words import tell
 
 
@@ -83,11 +89,20 @@ def load(
     if isinstance(denoiser.schedule, nn.Module):
         checkpoint.load_schedule(denoiser.schedule, chosen)
     origin = {"run": run.id, "checkpoint": chosen.name, "weights": weights}
-    precision = PRECISIONS[config.training.precision]
+    precision = _precision(config, chosen_device)
     return Model(config, denoiser, names, chosen_device, precision, tuple(trusted), origin)
 
 
 _WEIGHTS = ("average", "raw")
+
+
+def _precision(config: Config, device: torch.device) -> torch.dtype:
+    """The run's own, but for bfloat16 on a CPU that has no units for it."""
+    precision = PRECISIONS[config.training.precision]
+    if precision is torch.bfloat16 and device.type == "cpu" and not bfloat16_pays(device):
+        tell("this processor is slow in bfloat16: computing in float32", sys.stderr)
+        return torch.float32
+    return precision
 
 
 def _class_names(run: Run) -> tuple[str, ...]:

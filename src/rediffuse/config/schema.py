@@ -95,7 +95,7 @@ class Training(Section):
     offset_noise: NonNegativeFloat = 0.0
     input_perturbation: NonNegativeFloat = 0.0
     time_strata: PositiveInt = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool | Literal["auto"] = False
     log_every_images: PositiveInt | None = None
     validate_every_images: PositiveInt | None = None

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,6 +80,32 @@ def choose(device: str = "auto") -> Devices:
             f"device={device}: not on this machine; device=auto takes {_best()} here"
         ) from None
     return Devices(chosen)
+
+
+@cache
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether this device convolves clearly faster in bfloat16 than in float32.
+
+    A CPU is tried for some milliseconds: with units for bfloat16 (AMX, AVX-512 BF16) it is two to
+    eight times faster, without them up to a hundred times slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    seconds = {dtype: _seconds_to_convolve(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+@torch.inference_mode()
+def _seconds_to_convolve(dtype: torch.dtype) -> float:
+    x, weight = torch.ones(8, 64, 16, 16, dtype=dtype), torch.ones(64, 64, 3, 3, dtype=dtype)
+    taken = []
+    for _ in range(4):  # the first one prepares
+        start = time.perf_counter()
+        torch.nn.functional.conv2d(x, weight, padding=1)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def set_determinism(
