@@ -10,9 +10,12 @@ from cli import TINY, rediffuse, run_id
 from PIL import Image
 
 from rediffuse import gallery, runs
+from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
 from rediffuse.errors import CheckpointError, ConfigError, DataError, RunError
-from rediffuse.gallery import Options, image_numbers
+from rediffuse.gallery import Options, image_numbers, wanted
+from rediffuse.models import load
 from rediffuse.pictures import columns_for, grid
+from rediffuse.training import memory
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,23 @@ def test_image_j_is_the_same_in_batches_of_64_7_and_1(
     for other in drawn[1:]:
         assert all(np.array_equal(drawn[0][name], other[name]) for name in drawn[0])
     assert all(np.array_equal(drawn[0][name], image) for name, image in pixels(few).items())
+
+
+@pytest.mark.parametrize(
+    ("free", "size"), [(10**12, 64), (64 * 10**6, 32), (10 * 10**6, 4), (1, 1)]
+)
+def test_as_many_images_go_together_as_half_of_the_memory_holds(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, free: int, size: int
+) -> None:
+    model = load(trained[1], root=trained[0], device="cpu")
+    monkeypatch.setattr(memory, "resident", lambda device: 0)
+    monkeypatch.setattr(memory, "peak", lambda device: 8 * 10**6)  # a million bytes an image
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    job = Job(tuple(range(100)), classes_for(range(100), model.class_names))
+    how = wanted(model.config.sampling, Options())
+    assert batch_that_fits(model, how, job) == size
+    sizes = [len(numbers) for numbers, _ in draw(model, how, job)] if size > 1 else [1]
+    assert sizes[0] == size
 
 
 def test_another_seed_another_class_and_other_weights_give_other_images(

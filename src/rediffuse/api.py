@@ -28,7 +28,7 @@ def sample(
     class_name: str | None = None,
     way: Way | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> UInt8[np.ndarray, "count channels height width"]:
     """Draw images: so many, or those of the given numbers; image j depends on (seed, j) alone.
 
@@ -40,7 +40,8 @@ def sample(
         ConfigError: for what the model cannot do.
     """
     numbers = tuple(range(images)) if isinstance(images, int) else tuple(images)
-    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or batch_size < 1:
+    none_at_once = batch_size is not None and batch_size < 1
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or none_at_once:
         raise ConfigError(
             f"images={images!r:.80}, batch_size={batch_size}: expected 1 or more of each, and "
             "images numbered from 0 to below 2^63"

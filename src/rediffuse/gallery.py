@@ -65,7 +65,7 @@ class Options:
     interpolate: str | None = None
     weights: str = "average"
     checkpoint: str = "latest"
-    batch_size: int = 64
+    batch_size: int | None = None
     output_dir: Path | None = None
     film: bool = False
     device: str = "auto"
@@ -265,7 +265,7 @@ def _check_options(options: Options) -> None:
         raise ConfigError("--interpolate names its own images; use --n for how many")
     if not options.mask and (options.resamplings, options.jump) != (1, 1):
         raise ConfigError("--resamplings and --jump are for inpainting; add --mask")
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: expected 1 or more")
     if options.strength is not None and not 0 <= options.strength <= 1:
         raise ConfigError(f"--strength {options.strength:g}: expected 0 (as given) to 1 (new)")

@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +50,7 @@ from rediffuse.training.devices import (
     set_determinism,
 )
 from rediffuse.training.loop import train as loop
+from rediffuse.training.memory import free_bytes
 from rediffuse.training.optimizers import parameter_groups
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
@@ -212,13 +212,6 @@ def _largest_batch(
         )
     fitting = min(fitting, images.per_epoch // parts)
     return int(parts * 2 ** (fitting.bit_length() - 1))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that the machine has left for this process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def few(images: Images, devices: Devices, count: int) -> Batch:

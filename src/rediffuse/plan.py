@@ -14,11 +14,12 @@ from rediffuse import build, runs
 from rediffuse.config.schema import Config
 from rediffuse.errors import ConfigError
 from rediffuse.images import Images, prepare
-from rediffuse.launch import batches_of, few, free_bytes, fresh, settled
+from rediffuse.launch import batches_of, few, fresh, settled
 from rediffuse.legality import check
 from rediffuse.session import planned_images
 from rediffuse.training import checkpoint, memory
 from rediffuse.training.devices import choose
+from rediffuse.training.memory import free_bytes
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe, train_step
 

@@ -64,7 +64,9 @@ from rediffuse.cli import options
 @click.option(
     "--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number."
 )
-@click.option("--batch-size", "--batch_size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--batch-size", "--batch_size", type=click.IntRange(1), help="Else as many as memory allows."
+)
 @click.option(
     "--output-dir",
     "--output_dir",

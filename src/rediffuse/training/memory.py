@@ -100,6 +100,15 @@ def _kept_for_backward(recipe: Recipe, batch: Batch, network: nn.Module) -> _Kep
 # What the machine says of memory
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that the machine has left for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # not there on every bare GPU machine
+
+    return int(psutil.virtual_memory().available)
+
+
 def resident(device: torch.device) -> int:
     """Bytes in use by this process; 0 where nobody tells."""
     if device.type == "cuda":
