@@ -217,7 +217,7 @@ _CLIP_EPS = 1e-6  # as torch's clip_grad_norm_ has it
 def _update(recipe: Recipe, state: TrainState, norm: Tensor, finite: Tensor) -> None:
     """Step the optimizer along gradients no longer than `clip_norm`, and the average after it."""
     optimizer, clip = state.optimizer, recipe.clip_norm
-    if state.scaler or any(state.learned.parameters()) or not decides_on_device(optimizer):
+    if state.scaler or [*state.learned.parameters()] or not decides_on_device(optimizer):
         if finite:
             _update_at_once(recipe, state, norm)
         return
