@@ -18,6 +18,7 @@ from rediffuse.evaluation.classifier import (
     FACTS,
     WEIGHTS,
     Classifier,
+    _batch,
     classification_accuracy_score,
     load_classifier,
     save_classifier,
@@ -87,6 +88,14 @@ def test_equal_arguments_train_equal_weights_and_leave_torchs_generator_alone(tr
     assert again.digest == train_classifier(*bars(400), 4, 0, images_seen=128).digest
     assert again.digest != train_classifier(*bars(400), 4, 1, images_seen=128).digest
     assert torch.get_rng_state().equal(before)
+
+
+def test_each_epoch_shows_every_image_once_in_a_new_order():
+    images, labels = np.zeros((40, 1, 8, 8), np.uint8), np.arange(40)
+    shown = [_batch(images, labels, labels, 0, seen, 40)[1] for seen in (0, 40)]
+    for order in shown:
+        assert order.sort().values.equal(torch.arange(40))
+    assert not shown[0].equal(shown[1])
 
 
 def test_a_saved_classifier_is_loaded_equal(trained, tmp_path):
