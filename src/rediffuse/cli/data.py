@@ -1,4 +1,4 @@
-"""`rediffuse data pack` and `rediffuse data inspect`."""
+"""`rediffuse data pack`, `rediffuse data inspect` and `rediffuse data duplicates`."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import click
 from rediffuse.cli import options
 
 if TYPE_CHECKING:
+    from rediffuse.config.schema import Data
     from rediffuse.data.packing import Packed
 
 _WORDS = {"ignore_unknown_options": True}
@@ -50,11 +51,52 @@ def inspect(source: str, words: tuple[str, ...], as_json: bool, root: Path | Non
     click.echo(json.dumps(facts, indent=1)) if as_json else overview.print_facts(facts)
 
 
+@data.command(context_settings=_WORDS)
+@click.argument("source")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.option("--no-mirrored", "--no_mirrored", is_flag=True, help="Leave mirror images alone.")
+@click.option(
+    "--output-dir",
+    "--output_dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Else <root>/duplicates.",
+)
+@options.json_output
+@options.root
+def duplicates(
+    source: str,
+    words: tuple[str, ...],
+    no_mirrored: bool,
+    output_dir: Path | None,
+    as_json: bool,
+    root: Path | None,
+) -> int:
+    """Find images that SOURCE holds more than once: copies, mirrored, brightened, recompressed.
+
+    Every pair is compared, after packing: the time grows with the square of the number of images.
+
+    \b
+    rediffuse data duplicates my/images data.image_size=64
+    """
+    from rediffuse import duplicates as door
+    from rediffuse.runs import runs_root
+
+    place, mirrored = runs_root(root), not no_mirrored
+    return door.duplicates(
+        _data(source, words), place, output_dir, mirrored=mirrored, as_json=as_json
+    )
+
+
 def _packed(source: str, words: Sequence[str], out: Path | None, root: Path | None) -> "Packed":
-    from rediffuse.config.compose import compose
     from rediffuse.images import pack_as
     from rediffuse.runs import runs_root
 
+    return pack_as(_data(source, words), runs_root(root), out=out)
+
+
+def _data(source: str, words: Sequence[str]) -> "Data":
+    from rediffuse.config.compose import compose
+
     is_folder = Path(source).is_dir() or any(mark in source for mark in "/.~")
     named = ["data=folder", f"data.path='{source}'"] if is_folder else [f"data={source}"]
-    return pack_as(compose([*named, *words]).data, runs_root(root), out=out)
+    return compose([*named, *words]).data
