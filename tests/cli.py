@@ -20,14 +20,16 @@ TINY = (
 )
 
 
-def rediffuse(*words: str, root: Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+def rediffuse(
+    *words: str, root: Path, check: int | None = 0, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; `check` is the exit code it must have (None: any)."""
     done = subprocess.run(
         [sys.executable, "-m", "rediffuse", *words],
         env={**os.environ, "REDIFFUSE_ROOT": str(root), "COLUMNS": "80"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
         cwd=root,
     )
     assert check is None or done.returncode == check, done.stdout + done.stderr

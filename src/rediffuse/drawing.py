@@ -254,14 +254,14 @@ def _denoise(model: Model, how: Sampling, job: Job) -> Denoise:
 def _guided(model: Model, how: Sampling, job: Job) -> Denoise:
     guide = build.bind("guidance", how.guidance, "sampling.guidance", model.trusted)
     schedule, scale = model.denoiser.schedule, how.guidance.arguments.get("scale", 1)
-    told = _told(model)
+    denoiser = told(model)
     cond = None if job.classes is None else torch.tensor(job.classes, device=model.device)
     if job.weaker:
-        pair = apart(partial(told, cond=cond), partial(_told(job.weaker), cond=cond))
+        pair = apart(partial(denoiser, cond=cond), partial(told(job.weaker), cond=cond))
     elif cond is not None and model.null_class is not None:
-        pair = sides(told, cond, torch.full_like(cond, model.null_class))
+        pair = sides(denoiser, cond, torch.full_like(cond, model.null_class))
     elif scale == 1:
-        return partial(told, cond=cond)
+        return partial(denoiser, cond=cond)
     elif cond is None:
         raise ConfigError("this model was trained without classes, so there is nothing to guide by")
     else:
@@ -273,7 +273,7 @@ def _guided(model: Model, how: Sampling, job: Job) -> Denoise:
     return guided
 
 
-def _told(model: Model) -> Callable[..., Prediction]:
+def told(model: Model) -> Callable[..., Prediction]:
     """The denoiser in the precision it was trained in; what the solver sees stays in float32."""
     denoiser: Callable[..., Prediction] = model.denoiser
     if model.denoiser.estimate_range:

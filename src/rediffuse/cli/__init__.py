@@ -10,7 +10,17 @@ from typing import Any
 
 import click
 
-from rediffuse.cli import compare, data, plan, reproduce, runs, sample, train
+from rediffuse.cli import (
+    compare,
+    data,
+    diagnose,
+    memorisation,
+    plan,
+    reproduce,
+    runs,
+    sample,
+    train,
+)
 from rediffuse.errors import RediffuseError
 from rediffuse.words import tell
 
@@ -34,6 +44,8 @@ rediffuse.add_command(plan.plan)
 rediffuse.add_command(sample.sample)
 rediffuse.add_command(reproduce.reproduce)
 rediffuse.add_command(compare.compare)
+rediffuse.add_command(memorisation.memorisation)
+rediffuse.add_command(diagnose.diagnose)
 rediffuse.add_command(runs.show)
 rediffuse.add_command(runs.runs)
 rediffuse.add_command(data.data)

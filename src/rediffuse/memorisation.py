@@ -1,0 +1,322 @@
+"""`rediffuse memorisation`: are a run's samples copies of what it was trained on?
+
+<run>/evaluation/memorisation-<checkpoint>-<weights>-<solver>-<steps>-<n>-<seed>/
+    report.json       all that was found, and the rule by which it was judged
+    neighbours.png    samples above their nearest training images; held-out images above theirs
+"""
+
+import json
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from rediffuse import drift
+from rediffuse.config.schema import Sampling
+from rediffuse.data.splits import split
+from rediffuse.drawing import Job, draw
+from rediffuse.errors import ConfigError, RunError
+from rediffuse.evaluation.diversity import repeats, vendi
+from rediffuse.evaluation.memorisation import (
+    AROUND,
+    COPY,
+    LEAST_SHARE,
+    SIGNIFICANCE,
+    Nearness,
+    Verdict,
+    judge,
+    nearness,
+)
+from rediffuse.gallery import Options, wanted, wanted_job
+from rediffuse.images import Images, prepare
+from rediffuse.legality import check_sampling
+from rediffuse.models import Model, find, load
+from rediffuse.pictures import Pixels, grid, save_png
+from rediffuse.session import say
+from rediffuse.tracking.jsonl import write_atomically
+
+Facts = dict[str, Any]
+
+_MOST_SAMPLES, _MOST_HELD_OUT = 100_000, 10_000
+_SHOWN = 16
+
+
+class Known(NamedTuple):
+    """Real images: those trained on, with their mirror images where training flips, and others."""
+
+    training: Pixels
+    held_out: Pixels
+    mirrored: bool
+
+    def seen(self) -> Pixels:
+        """All that the network was shown, mirror images last."""
+        flipped = [self.training[..., ::-1]] if self.mirrored else []
+        return np.concatenate([self.training, *flipped])
+
+
+class Findings(NamedTuple):
+    """What was measured, and how it is judged."""
+
+    samples: Nearness
+    held_out: Nearness
+    verdict: Verdict
+
+
+def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
+    """Draw samples, look for their nearest training images, and tell; return the exit code.
+
+    Raises:
+        RediffuseError: if the run, its images or what is asked for cannot be used.
+    """
+    count = options.count or 1000
+    if count > _MOST_SAMPLES:
+        raise ConfigError(f"--n {count:,}: more than {_MOST_SAMPLES:,} samples at once")
+    run = find(word, options.root)
+    model = load(
+        run.directory,
+        weights=options.weights,
+        which=options.checkpoint,
+        device=options.device,
+        trusted=options.trust,
+    )
+    how = wanted(model.config.sampling, options)
+    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
+    job = wanted_job(model, replace(options, count=count))
+    images = prepare(model.config.data, run.directory.parent, model.trusted)
+    if drift.began(run).get("data") != images.facts():
+        raise RunError(f"the images are not those that run {run.id} was trained on; restore them")
+    known = real(images, mirrored=model.config.data.flip)
+    samples = _drawn(model, how, job)
+    found = compared(samples, known)
+    facts = report(model, how, job, samples, known, found)
+    assert model.origin
+    at, weights = model.origin["checkpoint"], model.origin["weights"]
+    name = f"memorisation-{at}-{weights}-{how.solver.name}-{how.steps}-{count}-{options.seed}"
+    _write(run.directory / "evaluation" / name, facts, _picture(samples, known, found))
+    say(json.dumps(facts, indent=1)) if as_json else _tell(facts)
+    return 0
+
+
+def real(images: Images, *, mirrored: bool) -> Known:
+    """The images that a run saw, and those that it never did: held out, or of the test part.
+
+    Raises:
+        ConfigError: if there are none of the latter, since nothing tells then what is near.
+    """
+    parts, train = [], images.packed.part("train")
+    if images.held_out is not None:
+        parts.append(images.held_out.images[images.held_out_rows[:_MOST_HELD_OUT]])
+    if "test" in images.packed.parts:
+        test = images.packed.part("test").images
+        parts.append(test[split(len(test), 1.0)[1][:_MOST_HELD_OUT]])
+    if not parts:
+        raise ConfigError(
+            "there is no image that this run was not trained on (data.validation_fraction=0, and "
+            "no validation or test part), so nothing tells how near unseen images lie"
+        )
+    return Known(train.images[images.train_rows], np.concatenate(parts)[:_MOST_HELD_OUT], mirrored)
+
+
+def compared(samples: Pixels, known: Known) -> Findings:
+    """Hold samples and held-out images against what the network was shown, in pixels."""
+    seen = torch.from_numpy(known.seen())
+    drawn, unseen = (nearness(torch.from_numpy(x), seen) for x in (samples, known.held_out))
+    verdict = judge(drawn.ratio, unseen.ratio)
+    return Findings(drawn, unseen, verdict)
+
+
+def report(
+    model: Model, how: Sampling, job: Job, samples: Pixels, known: Known, found: Findings
+) -> Facts:
+    """All that was found, as plain data."""
+    verdict = found.verdict
+    return {
+        **(model.origin or {}),
+        "sampling": how.model_dump(mode="json"),
+        "seed": job.seed,
+        "samples": len(samples),
+        "training_images": len(known.training),
+        "mirrored": known.mirrored,
+        "held_out_images": len(known.held_out),
+        "seen_through": "pixels",
+        "around": min(AROUND, len(known.seen())),
+        "alarm": verdict.alarm,
+        "rule": _rule(verdict, known, len(samples)),
+        "verdict": {**verdict._asdict(), "suspicious": int(verdict.suspicious.sum())},
+        "nearness": {
+            "samples": _summary(found.samples),
+            "held_out": _summary(found.held_out),
+        },
+        "diversity": diversity(samples, known, found),
+        "most_suspicious": [_one(found, job, known, k) for k in _most(found.samples, 100)],
+        "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
+    }
+
+
+def diversity(samples: Pixels, known: Known, found: Findings) -> Facts:
+    """How much samples differ, beside as many real images."""
+    pool = np.concatenate((known.training, known.held_out))
+    count = min(len(samples), len(pool))
+    drawn, others = (
+        torch.from_numpy(x) for x in (samples[:count], pool[split(len(pool), 1.0)[1][:count]])
+    )
+    centre = torch.from_numpy(known.training.mean(axis=0)).float()
+    few = min(len(samples), len(known.held_out))
+    return {
+        "images": count,
+        "repeats": repeats(drawn, others) if count > 1 else 0.0,
+        "vendi": {"samples": vendi(drawn, centre), "real": vendi(others, centre)},
+        "nearest_are_distinct": {
+            "of": few,
+            "samples": _distinct(found.samples, few),
+            "held_out": _distinct(found.held_out, few),
+        },
+    }
+
+
+def _distinct(near: Nearness, count: int) -> float:
+    return len(near.rows[:count].unique()) / count
+
+
+def _summary(near: Nearness) -> Facts:
+    levels = torch.tensor([0.01, 0.5]).double()
+    return {
+        "distance": near.distance.quantile(levels).tolist(),
+        "ratio": near.ratio.quantile(levels).tolist(),
+        "copies": float((near.second < COPY).double().mean()),
+    }
+
+
+def _rule(verdict: Verdict, known: Known, samples: int) -> str:
+    count, around = len(known.held_out), min(AROUND, len(known.seen()))
+    return (
+        f"A sample is suspicious if its nearest training image is nearer than "
+        f"{verdict.threshold:.4g} of the mean of the {around} nearest, which {verdict.rank - 1} of "
+        f"{count:,} held-out images are. The alarm is raised if at least {LEAST_SHARE:.0%} of "
+        f"{samples:,} samples are, and {SIGNIFICANCE:g} is above p, the probability that fresh "
+        f"real images come to as many."
+    )
+
+
+def _most(near: Nearness, count: int) -> list[int]:
+    """The images whose nearest training image stands out the most."""
+    order: list[int] = near.ratio.argsort(stable=True)[:count].tolist()
+    return order
+
+
+def _one(found: Findings, job: Job, known: Known, k: int) -> Facts:
+    near = found.samples
+    mirrored, row = divmod(int(near.rows[k]), len(known.training))
+    return {
+        "image": job.images[k],
+        "nearest": row,
+        "mirrored": bool(mirrored),
+        "distance": float(near.distance[k]),
+        "ratio": float(near.ratio[k]),
+        "suspicious": bool(found.verdict.suspicious[k]),
+    }
+
+
+def _drawn(model: Model, how: Sampling, job: Job) -> Pixels:
+    drawn = []
+    with tqdm(total=len(job.images), unit="img", disable=not sys.stderr.isatty()) as bar:
+        for numbers, pixels in draw(model, how, job):
+            drawn.append(pixels)
+            bar.update(len(numbers))
+    return np.concatenate(drawn)
+
+
+def _picture(samples: Pixels, known: Known, found: Findings) -> np.ndarray:
+    """Rows: suspicious samples, their nearest; a white one; held-out images, their nearest."""
+    seen, rows = known.seen(), []
+    for images, near in ((samples, found.samples), (known.held_out, found.held_out)):
+        most = _most(near, _SHOWN)
+        pairs = (images[most], seen[near.rows[most].numpy()])
+        rows.append([_filled(images) for images in pairs])
+    blank = _filled(samples[:0])
+    return grid(np.concatenate([*rows[0], blank, *rows[1]]), columns=_SHOWN)
+
+
+def _filled(images: Pixels) -> UInt8[np.ndarray, "_ channels height width"]:
+    blank = np.full((_SHOWN - len(images), *images.shape[1:]), 255, np.uint8)
+    return np.concatenate((images, blank))
+
+
+def _write(folder: Path, facts: Facts, picture: np.ndarray) -> None:
+    facts["folder"] = str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(picture, folder / "neighbours.png")
+        write_atomically(folder / "report.json", json.dumps(facts, indent=1).encode())
+    except OSError as failed:
+        raise RunError(f"{folder} cannot be written ({failed.strerror})") from None
+
+
+# The terminal
+
+
+def _tell(facts: Facts) -> None:
+    verdict, varied = facts["verdict"], facts["diversity"]
+    drawn, unseen = facts["nearness"]["samples"], facts["nearness"]["held_out"]
+    say(
+        f"{facts['samples']:,} samples of run {facts['run'][:8]}, {facts['checkpoint']}, "
+        f"{facts['weights']} weights"
+    )
+    rows = [
+        ("images", f"{facts['samples']:,}", f"{facts['held_out_images']:,}"),
+        ("nearest training image, rms of 255", *_medians(drawn, unseen, "distance", "{:.1f}")),
+        (
+            f"  over the mean of the {facts['around']} nearest",
+            *_medians(drawn, unseen, "ratio", "{:.3f}"),
+        ),
+        ("suspicious", f"{verdict['share']:.1%}", f"{verdict['expected']:.1%} expected"),
+        ("nearer than 1/3 of the second", f"{drawn['copies']:.1%}", f"{unseen['copies']:.1%}"),
+        ("nearest ones that are distinct", *_percents(varied["nearest_are_distinct"])),
+    ]
+    _table(("", "samples", "held out"), rows)
+    rows = [
+        ("images", *[f"{varied['images']:,}"] * 2),
+        ("different ones, in effect (Vendi)", *_plain(varied["vendi"])),
+        ("near to another of the same", f"{varied['repeats']:.1%}", "1.0%"),
+    ]
+    _table(("", "samples", "real"), rows)
+    p = verdict["p_value"]
+    told = f"p = {p:.2g}" if p else "p < 1e-300"
+    say(f"\n{'ALARM' if facts['alarm'] else 'no alarm'}  ({told})")
+    _wrapped(facts["rule"])
+    say(f"grid    {facts['folder']}/neighbours.png")
+    say(f"all     {facts['folder']}/report.json")
+
+
+def _medians(drawn: Facts, unseen: Facts, name: str, form: str) -> tuple[str, ...]:
+    return tuple(form.format(of[name][1]) for of in (drawn, unseen))
+
+
+def _percents(of: Facts) -> tuple[str, ...]:
+    return tuple(f"{of[name]:.1%}" for name in ("samples", "held_out"))
+
+
+def _plain(of: Facts) -> tuple[str, ...]:
+    return tuple(f"{of[name]:.1f}" for name in ("samples", "real"))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for k, name in enumerate(head):
+        table.add_column(name, justify="right" if k else "left", min_width=0 if k else 36)
+    for row in rows:
+        table.add_row(*row)
+    say("")
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _wrapped(text: str) -> None:
+    Console(markup=False, emoji=False, highlight=False).print(text)
