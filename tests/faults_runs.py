@@ -9,6 +9,8 @@ import numpy as np
 from faults_harness import Done, Process, Zygote
 from PIL import Image
 
+from rediffuse.tracking.journal import is_clocked
+
 INTERVAL = 64  # images between two checkpoints
 WORDS = (
     "data=folder",
@@ -82,11 +84,10 @@ def runs_in(root: Path) -> list[Path]:
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    """Complete lines, without what the clock has to do with."""
+    """Complete lines, without what the clock or the machine has to do with."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    clock = {"time", "images_per_s"}
     return [
-        {key: value for key, value in json.loads(line).items() if key not in clock}
+        {k: v for k, v in json.loads(line).items() if k == "images" or not is_clocked(k)}
         for line in lines
         if line.endswith("\n")
     ]

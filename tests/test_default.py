@@ -53,6 +53,7 @@ def assert_mlflow_has_it_all(root: Path, run: str) -> None:
         for point in client.get_metric_history(run, key)
     }
     assert theirs == pytest.approx(ours)
+    assert {"loss", "system/cpu_percent", "system/data_wait_percent"} <= {name for name, _ in ours}
     named = {item.path for folder in ("", "samples") for item in client.list_artifacts(run, folder)}
     assert {"config.yaml", "environment.json", "samples/preview-0000000240.png"} <= named
     step = "checkpoints/step-00000005"

@@ -257,12 +257,15 @@ def test_training_that_went_back_sends_only_what_is_new(journal, tmp_path):
     assert ("loss", 30, 30 / 7) not in second.points
 
 
-def test_a_row_that_comes_out_the_same_again_keeps_its_first_time_and_speed(journal, tmp_path):
+def test_a_row_that_comes_out_the_same_again_keeps_what_clock_and_machine_said_first(
+    journal, tmp_path
+):
     path = tmp_path / "metrics.jsonl"
     run = journal()
     run.start(0)
     for images in (10, 20, 30):
-        run.metrics({"loss": images / 7, "bad": float("nan"), "images_per_s": 100.0}, images)
+        clocked = {"images_per_s": 100.0, "system/cpu_percent": 7.0}
+        run.metrics({"loss": images / 7, "bad": float("nan"), **clocked}, images)
     first = read_metrics(path)
     for start in (10, 20):  # killed again at 20: row 30 is in neither file any more but the list
         run = journal()

@@ -33,6 +33,7 @@ from rediffuse.overview import brief
 from rediffuse.pictures import Pixels, columns_for, grid, save_png
 from rediffuse.runs import Run
 from rediffuse.session import say
+from rediffuse.tracking.journal import is_clocked
 from rediffuse.tracking.jsonl import read_metrics, write_atomically
 from rediffuse.tracking.tracker import Row
 
@@ -129,7 +130,8 @@ def metrics(a: Sequence[Row], b: Sequence[Row]) -> dict[str, Facts]:
     """
     found = {}
     end = min(rows[-1]["images"] if rows else 0 for rows in (a, b))
-    for name in dict.fromkeys(name for row in a for name in row if name not in _NO_METRIC):
+    names = dict.fromkeys(name for row in a for name in row)
+    for name in (n for n in names if n != "epoch" and not is_clocked(n)):
         both = [
             {int(row["images"]): row[name] for row in rows if name in row and row["images"] <= end}
             for rows in (a, b)
@@ -147,9 +149,6 @@ def metrics(a: Sequence[Row], b: Sequence[Row]) -> dict[str, Facts]:
             "best": best if "loss" in name else None,
         }
     return found
-
-
-_NO_METRIC = ("images", "time", "epoch", "images_per_s")
 
 
 def _least(values: Mapping[int, float], until: int) -> float | None:

@@ -354,7 +354,8 @@ def _go(
     session = Session(run, config, images, recipe)
     try:
         session.begin(state)
-        steps = batches_of(config, images, recipe.devices).since(state.images_seen)
+        batches = batches_of(config, images, recipe.devices).since(state.images_seen)
+        steps = session.watched(batches)
         reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
         session.save(state)
         session.saved()

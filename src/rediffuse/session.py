@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
 from rediffuse.tracking.journal import Journal, replay
 from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
+from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker
 from rediffuse.training import checkpoint, hooks
 from rediffuse.training.loop import Hook, every
@@ -66,6 +67,12 @@ class Session:
             append(self.run.digests, 0, beginning(self.config, self.recipe))
         self._announce(state)
 
+    def watched(self, steps: Iterator[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
+        """Hand steps on, and know how long training waited for them."""
+        waiting = Waiting(steps)
+        self._resources = Resources(self.run.directory, self.recipe.devices.device, waiting)
+        return waiting
+
     def hooks(self) -> list[Hook]:
         """Everything that looks on, in order: what reads the state before what saves it."""
         training, size = self.config.training, self.config.training.batch_size
@@ -75,7 +82,7 @@ class Session:
         often = training.log_every_images or min(50 * size, epoch)
         looking: list[Hook] = [
             self._skipped,
-            when(often, hook=hooks.log(self._record)),
+            when(often, hook=hooks.log(self._log)),
             when(epoch, hook=hooks.log_epoch(self._record, epoch)),
         ]
         if self._validation:
@@ -206,6 +213,11 @@ class Session:
         say(f"trains  {until}")
         say(f"resume  rediffuse resume {run.id}")
         say(f"sample  rediffuse sample {run.id}")
+
+    def _log(self, values: dict[str, float], images_seen: int) -> None:
+        """What training says, and now and then what the machine does."""
+        if self._main:
+            self._record(values | self._resources(), images_seen)
 
     def _record(self, values: dict[str, float], images_seen: int) -> None:
         if not self._main:

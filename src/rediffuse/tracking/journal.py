@@ -17,18 +17,16 @@ from rediffuse.tracking.jsonl import (
     read_metrics,
     write_atomically,
 )
+from rediffuse.tracking.resources import PREFIX
 from rediffuse.tracking.tracker import Number, Row, Say, Tracker, redacted
-
-CLOCKED = {"images", "time", "images_per_s"}
-"""What of a row a clock or its place decides, and not the training."""
 
 
 class Journal:
     """Writes what happens in a run; no method but `close` waits for a tracker.
 
     `params` is the configuration, as nested mappings. Training that goes back to a checkpoint
-    repeats steps, as exactly as the run is exact. A row that comes out the same keeps the time and
-    speed that were measured first, so that it equals the one that trackers may have already.
+    repeats steps, as exactly as the run is exact. A row that comes out the same keeps what clock
+    and machine said first, so that it equals the one that trackers may have already.
     """
 
     def __init__(
@@ -55,12 +53,11 @@ class Journal:
 
     def metrics(self, values: Mapping[str, Number], images_seen: int) -> None:
         """Write one row of metrics."""
-        now = dict(values)
-        same = (row for row in self._undone.get(images_seen, ()) if _trained(row) == _trained(now))
-        first = next(same, {})
-        at = first.get("time")
-        now |= {key: first[key] for key in now.keys() & first.keys()}
-        append_metrics(self._directory / "metrics.jsonl", now, images_seen, at)
+        again = (r for r in self._undone.get(images_seen, ()) if _trained(r) == _trained(values))
+        first = next(again, None)
+        kept = {k: v for k, v in (first or values).items() if k not in ("images", "time")}
+        at = first["time"] if first else None
+        append_metrics(self._directory / "metrics.jsonl", kept, images_seen, at)
 
     def images(
         self, name: str, grid: UInt8[np.ndarray, "height width channel"], images_seen: int
@@ -111,6 +108,11 @@ def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
+def is_clocked(metric: str) -> bool:
+    """Whether the clock, the machine or a row's place decides a metric, and not the training."""
+    return metric in ("images", "time", "images_per_s") or metric.startswith(PREFIX)
+
+
 def _trained(row: Mapping[str, Number]) -> dict[str, str]:
     """What training decided of a row, as text, in which nan equals nan."""
-    return {key: repr(float(value)) for key, value in row.items() if key not in CLOCKED}
+    return {key: repr(float(value)) for key, value in row.items() if not is_clocked(key)}
