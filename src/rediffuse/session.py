@@ -22,7 +22,7 @@ from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.randomness import order
 from rediffuse.runs import Run, Status
-from rediffuse.tracking import mlflow, tensorboard
+from rediffuse.tracking import mlflow, tensorboard, wandb
 from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
 from rediffuse.tracking.journal import Journal, replay
@@ -325,4 +325,5 @@ def say(line: str) -> None:
 _TRACKERS: dict[str, Callable[..., Tracker]] = {
     "mlflow": mlflow.tracker,
     "tensorboard": tensorboard.tracker,
+    "wandb": wandb.tracker,
 }

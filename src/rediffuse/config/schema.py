@@ -150,7 +150,7 @@ class Sampling(Section):
 class Tracking(Section):
     """Where copies of the run's metrics go, beside the run's own files."""
 
-    trackers: list[Literal["mlflow", "tensorboard"]] = []
+    trackers: list[Literal["mlflow", "tensorboard", "wandb"]] = []
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
 
 
