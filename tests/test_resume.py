@@ -25,9 +25,10 @@ EVERY = (
 
 
 def straight(root: Path, rate: str) -> str:
-    """One process from beginning to end, with previews and a loader thread."""
-    looks = ("training.previews=true", "data.workers=1")
-    return run_id(rediffuse("train", *TINY, *EVERY, *looks, rate, LENGTH, root=root))
+    """One process from beginning to end, with previews, a loader thread and a tracker."""
+    looks = ("training.previews=true", "data.workers=1", "tracking=tensorboard")
+    tiny = [word for word in TINY if word != "tracking=none"]
+    return run_id(rediffuse("train", *tiny, *EVERY, *looks, rate, LENGTH, root=root))
 
 
 def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rediffuse.errors import ConfigError, RunError
+from rediffuse.networks.unet import UNet
+from rediffuse.randomness import Stream, torch_seeded
 from rediffuse.tracking import feeder, mlflow, tensorboard
 from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
@@ -559,6 +562,55 @@ def test_tensorboard_has_the_rows_of_the_run(tmp_path, journal):
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 1.25), (20, 2.5)]
     assert [e.step for e in events.Images("samples/preview")] == [20]
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_has_the_configuration_and_how_a_run_ended_beside_its_final_metrics(
+    tmp_path, journal
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.api_pb2 import Status
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run = journal(tensorboard.tracker(tmp_path, "tests", None, None))
+    run.start(0)
+    run.metrics({"loss": 0.5}, 10)
+    assert run.close("FINISHED", timeout_s=60.0)
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
+    tags = events.PluginTagToContent("hparams")
+    told = {tag.rpartition("/")[2]: HParamsPluginData.FromString(tags[tag]) for tag in tags}
+    named = told["experiment"].experiment.metric_infos
+    assert [info.name.tag for info in named] == ["loss", "validation/loss", "epoch/loss"]
+    assert told["session_start_info"].session_start_info.hparams["a.b"].number_value == 0
+    assert told["session_end_info"].session_end_info.status == Status.STATUS_SUCCESS
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.parametrize("classes", [0, 3])
+def test_tensorboard_has_the_graph_of_the_network_once(tmp_path, capfd, classes):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with torch_seeded(0, Stream.INITIALISATION):
+        network = UNet(
+            in_channels=1,
+            out_channels=1,
+            image_size=8,
+            num_classes=classes,
+            base_channels=64,
+            channel_multipliers=(1, 1),
+            blocks_per_level=1,
+            attention_resolutions=(4,),
+        )
+    inputs = [torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64)]
+    before = torch.get_rng_state()
+    for _ in range(2):
+        tensorboard.draw_graph(tmp_path, network.eval(), inputs if classes else inputs[:2])
+    assert torch.equal(before, torch.get_rng_state())
+    (file,) = (tmp_path / "logs" / "tensorboard").iterdir()
+    nodes = {node.name for node in EventAccumulator(str(file)).Reload().Graph().node}
+    assert any("conv_in" in name for name in nodes)
+    assert any("embedding" in name for name in nodes)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_off_a_terminal_the_console_writes_whole_lines_now_and_then(capsys, monkeypatch):

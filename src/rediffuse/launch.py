@@ -35,9 +35,9 @@ from rediffuse.session import (
     send_what_is_missing,
     trackers_of,
 )
-from rediffuse.tracking import mlflow
+from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.jsonl import write_atomically
-from rediffuse.tracking.tracker import redacted
+from rediffuse.tracking.tracker import in_one_line, redacted
 from rediffuse.training import checkpoint, hooks, memory
 from rediffuse.training.average import Average
 from rediffuse.training.compiling import compile_network, trial
@@ -126,7 +126,7 @@ def resume(
             write_atomically(run.config, dump_yaml(config).encode())
             for line in found.told(found.decisive):
                 say(f"changed {line}")
-        return _go(run, config, images, recipe, state, interrupts)
+        return _go(run, config, images, recipe, state, interrupts, trusted)
 
 
 def load_config(run: Run) -> Config:
@@ -349,11 +349,14 @@ def _go(
     recipe: Recipe,
     state: TrainState,
     interrupts: hooks.Interrupts,
+    trusted: Sequence[str] | None = None,
 ) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
     session = Session(run, config, images, recipe)
     try:
         session.begin(state)
+        if "tensorboard" in config.tracking.trackers and recipe.devices.is_main:
+            _draw_graph(run, config, images, recipe.devices, trusted)
         batches = batches_of(config, images, recipe.devices).since(state.images_seen)
         steps = session.watched(batches)
         reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
@@ -371,6 +374,18 @@ def _go(
         ) from failed
     session.farewell(state, reason)
     return EXIT_CODES[stopped_by.name] if stopped_by else 0
+
+
+def _draw_graph(
+    run: Run, config: Config, images: Images, devices: Devices, trusted: Sequence[str] | None
+) -> None:
+    """Show a copy of the network to TensorBoard; what cannot be drawn is no reason to stop."""
+    network, inputs = _example(config, images, devices, 1, trusted)
+    given = [value for value in inputs if value is not None]
+    try:
+        tensorboard.draw_graph(run.directory, network.eval(), given)
+    except Exception as failed:
+        say(f"tensorboard: no graph of the network ({in_one_line(failed)})")
 
 
 def batches_of(config: Config, images: Images, devices: Devices) -> Batches:
