@@ -56,6 +56,8 @@ def assert_mlflow_has_it_all(root: Path, run: str) -> None:
     assert {"loss", "system/cpu_percent", "system/data_wait_percent"} <= {name for name, _ in ours}
     named = {item.path for folder in ("", "samples") for item in client.list_artifacts(run, folder)}
     assert {"config.yaml", "environment.json", "samples/preview-0000000240.png"} <= named
+    (model,) = client.search_logged_models([kept.info.experiment_id])
+    assert (model.name, model.source_run_id, model.status) == ("model", run, "READY")
     step = "checkpoints/step-00000005"
     assert f"{step}/average.safetensors" in {item.path for item in client.list_artifacts(run, step)}
 

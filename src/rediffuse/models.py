@@ -123,6 +123,7 @@ def _check_size(
     with torch.device("meta"):
         wanted = build.network(config, num_classes, trusted).state_dict()
     needed, kept = sum(t.nbytes for t in wanted.values()), chosen / "model.safetensors"
+    kept = kept if kept.is_file() else chosen / "average.safetensors"  # `copy_for_sampling`
     if kept.is_file() and needed > kept.stat().st_size:
         raise CheckpointError(
             f"{chosen.name}: {kept.name} has {kept.stat().st_size:,} bytes, but the network of "

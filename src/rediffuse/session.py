@@ -22,6 +22,7 @@ from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.randomness import order
 from rediffuse.runs import Run, Status
+from rediffuse.serving import export
 from rediffuse.tracking import mlflow, tensorboard, wandb
 from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
@@ -269,8 +270,10 @@ def trackers_of(config: Config, run: Run, parent: str | None) -> list[Tracker]:
     Raises:
         ConfigError: if one is not installed.
     """
-    place = (run.directory, config.tracking.experiment, config.name, parent)
-    return [_TRACKERS[name](*place) for name in config.tracking.trackers]
+    tracking = config.tracking
+    place = (run.directory, tracking.experiment, config.name, parent)
+    more = {"mlflow": {"export": export, "register": tracking.register_model}}
+    return [_TRACKERS[name](*place, **more.get(name, {})) for name in tracking.trackers]
 
 
 def send_what_is_missing(run: Run, config: Config) -> None:

@@ -152,6 +152,7 @@ class Tracking(Section):
 
     trackers: list[Literal["mlflow", "tensorboard", "wandb"]] = []
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
+    register_model: bool = False
 
 
 class Config(Section):

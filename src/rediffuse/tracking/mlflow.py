@@ -8,9 +8,11 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -27,6 +29,11 @@ METRICS_AT_ONCE, PARAMS_AT_ONCE, PARAM_LENGTH, KEY_LENGTH = 1000, 100, 6000, 250
 
 _ID = re.compile("[0-9a-f]{32}")
 
+MODEL = "model"
+"""What a run's model is called: `runs:/<run id>/model`."""
+
+_NEEDED = ("rediffuse", "torch", "torchvision", "numpy", "safetensors", "pillow", "mlflow")
+
 # With MLflow's defaults an unreachable server blocks a call for minutes. The rest is for a clean
 # console and no telemetry.
 _ENVIRONMENT = {
@@ -36,6 +43,7 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # or a model takes the lock file of the working directory
 }
 
 
@@ -72,9 +80,24 @@ def create_run(root: Path, experiment: str, name: str | None, say: Say) -> str:
     return own
 
 
-def tracker(directory: Path, experiment: str, name: str | None, parent: str | None) -> "Mlflow":
-    """Copy the run in `<root>/<run id>` to MLflow."""
-    return Mlflow(directory, experiment, name, parent)
+Export = Callable[[Path, Path], Mapping[str, Any] | None]
+"""Puts what sampling needs of a run below a folder; tells what a request may leave open."""
+
+
+def tracker(
+    directory: Path,
+    experiment: str,
+    name: str | None,
+    parent: str | None,
+    export: Export | None = None,
+    register: bool = False,
+) -> "Mlflow":
+    """Copy the run in `<root>/<run id>` to MLflow.
+
+    With `export` a finished run becomes a model that generates images, and with `register` a
+    version of the registered model that has the experiment's name.
+    """
+    return Mlflow(directory, experiment, name, parent, export, register)
 
 
 class Mlflow:
@@ -83,13 +106,21 @@ class Mlflow:
     name = "mlflow"
 
     def __init__(
-        self, directory: Path, experiment: str, name: str | None, parent: str | None
+        self,
+        directory: Path,
+        experiment: str,
+        name: str | None,
+        parent: str | None,
+        export: Export | None = None,
+        register: bool = False,
     ) -> None:
         self._directory, self._experiment, self._name = directory, experiment, name
+        self._export, self._register = export, register
         self._tags = {"rediffuse.run_id": directory.name, "rediffuse.directory": str(directory)}
         if parent:
             self._tags |= {"mlflow.parentRunId": parent}
         self._client: Any = None
+        self._experiment_id = ""
         self._id = directory.name
         self._held: dict[str, int] = {}
 
@@ -97,8 +128,8 @@ class Mlflow:
         """Set the run RUNNING; parameters are written once, later ones are tags `drift.<name>`."""
         from mlflow.entities import Param, RunTag
 
-        self._client, experiment_id = _connect(self._directory.parent, self._experiment)
-        run = self._find(experiment_id)
+        self._client, self._experiment_id = _connect(self._directory.parent, self._experiment)
+        run = self._find(self._experiment_id)
         self._id = run.info.run_id
         self._client.update_run(self._id, status="RUNNING")
         self._held = {key: self._last_step(key) for key in run.data.metrics}
@@ -135,8 +166,52 @@ class Mlflow:
         self._client.log_artifact(self._id, str(path), None if folder == "." else folder)
 
     def close(self, status: str) -> None:
-        """End the run."""
+        """End the run; one that is finished becomes a model."""
+        if status == "FINISHED" and self._export:
+            self._log_model(self._export)
         self._client.set_terminated(self._id, status)
+
+    def _log_model(self, export: Export) -> None:
+        """Make a model named `model` of the newest checkpoint, unless there is one already."""
+        with TemporaryDirectory() as temporary:
+            data = Path(temporary) / "data"
+            left_open = export(self._directory, data)
+            if left_open is None:
+                return
+            (checkpoint,) = data.glob("*/checkpoints/*")
+            model = self._model_of(checkpoint.name)
+            if model.status != "READY":
+                folder = _saved(data, Path(temporary) / "model", left_open, self._id, model)
+                self._client.log_model_artifacts(model.model_id, str(folder))
+                self._client.finalize_logged_model(model.model_id, "READY")
+        if self._register:
+            self._register_once(model)
+
+    def _model_of(self, checkpoint: str) -> Any:
+        """MLflow's record of a model, which a process may have begun and not ended."""
+        tags = {"rediffuse.checkpoint": f"{self._directory.name}/{checkpoint}"}
+        ours = f"tags.`rediffuse.checkpoint` = '{tags['rediffuse.checkpoint']}'"
+        found = self._client.search_logged_models([self._experiment_id], ours, max_results=1)
+        made = {"name": MODEL, "source_run_id": self._id, "tags": tags}
+        return found[0] if found else self._client.create_logged_model(self._experiment_id, **made)
+
+    def _register_once(self, model: Any) -> None:
+        """Make it a version of the registered model that is named like the experiment."""
+        from mlflow.exceptions import MlflowException
+
+        name = re.sub(r"[/:'\"%]", "_", self._experiment)
+        source, told = model.artifact_location, {"run_id": self._id}
+        if self._client.tracking_uri.startswith("http"):
+            # Only a server finds a model by its id: in its own store, not in a global one.
+            source, told = f"models:/{model.model_id}", told | {"model_id": model.model_id}
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as failure:
+            if failure.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = self._client.search_model_versions(f"name = '{name}'")
+        if not any(version.source == source for version in known):
+            self._client.create_model_version(name, source, **told)
 
     def _last_step(self, key: str) -> int:
         return max(point.step for point in self._client.get_metric_history(self._id, key))
@@ -182,6 +257,30 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
         if known is not None:
             return client, known.experiment_id
         return client, client.create_experiment(experiment, artifact_location=artifacts)
+
+
+def _saved(
+    data: Path, folder: Path, left_open: Mapping[str, Any], run_id: str, record: Any
+) -> Path:
+    """Write MLflow's folder of a model that `rediffuse.serving` loads: no pickle, and no code."""
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    image, name, png = ColSpec("long", "image"), ("string", "class"), ColSpec("string", "png")
+    kinds = {int: "long", float: "double", str: "string"}
+    params = [ParamSpec(key, kinds[type(value)], value) for key, value in left_open.items()]
+    asked, answered = Schema([image, ColSpec(*name, required=False)]), [image, ColSpec(*name), png]
+    save_model(
+        str(folder),
+        loader_module="rediffuse.serving",
+        data_path=str(data),
+        signature=ModelSignature(asked, Schema(answered), ParamSchema(params)),
+        input_example={"image": [0, 1]},
+        pip_requirements=[f"{package}=={version(package)}" for package in _NEEDED],
+        mlflow_model=Model(run_id=run_id, model_id=record.model_id),
+    )
+    return folder
 
 
 def _address(database: Path) -> str:

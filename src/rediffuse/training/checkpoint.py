@@ -33,6 +33,7 @@ from rediffuse.training.state import Sums, TrainState, UsualLoss
 
 FORMAT = 2
 _MANIFEST, _STATE, _LEARNED = "manifest.json", "state.json", "learned.safetensors"
+_WEIGHTS = {"model.safetensors", "average.safetensors"}
 _MANIFEST_BYTES, _HEADER_BYTES = 1_000_000, 10_000_000  # a tensor's name takes a hundred or two
 
 
@@ -181,6 +182,24 @@ def load_schedule(schedule: nn.Module, checkpoint: Path) -> None:
         CheckpointError: if the checkpoint keeps none, or another one.
     """
     _load_module(schedule, checkpoint / _LEARNED, "schedule.")
+
+
+def copy_for_sampling(checkpoint: Path, folder: Path) -> Path:
+    """Copy the average, or the weights where none is kept, and what was learned beside them.
+
+    Raises:
+        CheckpointError: if what was copied does not verify.
+    """
+    files = _manifest(checkpoint)
+    weights = "average.safetensors" if "average.safetensors" in files else "model.safetensors"
+    kept = {name: files[name] for name in (weights, _LEARNED, _STATE) if name in files}
+    copy = folder / checkpoint.name
+    copy.mkdir()
+    for name in kept:
+        shutil.copyfile(checkpoint / name, copy / name)
+    _write(copy / _MANIFEST, _json({"format": FORMAT, "files": kept}))
+    verify(copy)
+    return copy
 
 
 def newest(
@@ -333,7 +352,8 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
             raise CheckpointError(
                 f"{checkpoint.name}: format {manifest['format']}, but this version reads {FORMAT}"
             )
-        if raw == _json(manifest) and {_STATE, "model.safetensors"} <= set(manifest["files"]):
+        names = set(manifest["files"])
+        if raw == _json(manifest) and _STATE in names and names & _WEIGHTS:
             files: dict[str, dict[str, Any]] = manifest["files"]
             return {name: {"bytes": f["bytes"], "sha256": f["sha256"]} for name, f in files.items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
