@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import peers
+from benchmarks.looking_on import watch
 from benchmarks.measure import Times, Way, alternate
 from benchmarks.sizes import LARGE, SMALL, Size
 
@@ -31,6 +33,14 @@ def test_the_median_and_the_spread_of_times() -> None:
     times = Times([4.0, 1.0, 2.0, 3.0, 100.0])
     assert times.median == 3
     assert times.spread == pytest.approx((52 - 1.5) / 2 / 3)
+
+
+def test_a_watched_function_answers_as_before_and_its_calls_are_timed() -> None:
+    clock = iter((1.0, 3.5, 10.0, 10.25))
+    owner = SimpleNamespace(double=lambda number: 2 * number)
+    taken = watch(owner, "double", lambda: next(clock))
+    assert [owner.double(3), owner.double(number=4)] == [6, 8]
+    assert taken == [2.5, 0.25]
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
