@@ -66,6 +66,15 @@ def test_image_j_is_the_same_in_batches_of_64_7_and_1(
     assert all(np.array_equal(drawn[0][name], image) for name, image in pixels(few).items())
 
 
+def test_the_same_job_goes_into_its_folder_again_also_where_a_number_is_infinite(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    for _ in range(2):  # heun's churn goes up to infinity
+        options = Options(trained[0], count=2, solver="heun", steps=2, output_dir=tmp_path / "out")
+        assert gallery.sample(trained[1], options) == 0
+    json.loads((tmp_path / "out" / "manifest.json").read_text(), parse_constant=pytest.fail)
+
+
 @pytest.mark.parametrize(
     ("free", "size"), [(10**12, 64), (64 * 10**6, 32), (10 * 10**6, 4), (1, 1)]
 )

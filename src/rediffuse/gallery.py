@@ -104,7 +104,7 @@ def sample(word: str, options: Options) -> int:
             {"image": j, "file": f"{j:06d}.png", "class": _class_name(model, job, k)}
             for k, j in enumerate(job.images)
         ],
-        "sampling": how.model_dump(),
+        "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
         "edit": _edit(options),
         "device": str(model.device),
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
