@@ -31,6 +31,7 @@ from rediffuse.launch import load_config
 from rediffuse.models import find, load
 from rediffuse.overview import brief
 from rediffuse.pictures import Pixels, columns_for, grid, save_png
+from rediffuse.report import comparison, page
 from rediffuse.runs import Run
 from rediffuse.session import say
 from rediffuse.tracking.journal import is_clocked
@@ -61,15 +62,24 @@ class Side(NamedTuple):
 
 
 def compare(
-    first: str, second: str, options: Options, *, images: bool = True, as_json: bool = False
+    first: str,
+    second: str,
+    options: Options,
+    *,
+    images: bool = True,
+    as_json: bool = False,
+    html: Path | None = None,
 ) -> int:
     """Compare two runs, write what was found and tell it; return the exit code.
 
     `options` say how many images are drawn of each, and how, where that is not left to the runs.
+    `html` is where a page of it goes.
 
     Raises:
         RediffuseError: if a run cannot be read, or cannot sample as asked.
     """
+    if html:
+        page.check_output(html)
     a, b = (read(find(word, options.root)) for word in (first, second))
     home = a.run.directory.parent / "comparisons" / f"{a.run.id[:8]}-{b.run.id[:8]}"
     folder = options.output_dir or home
@@ -92,7 +102,11 @@ def compare(
         raise RunError(
             f"{folder} cannot be written ({failed.strerror}); name another --output-dir"
         ) from None
+    if html:
+        comparison.write(html, _plain(facts), [a.rows, b.rows])
     say(text) if as_json else _tell(facts, folder)
+    if html and not as_json:
+        say(f"page    {html}")
     return 0
 
 

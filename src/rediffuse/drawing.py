@@ -165,6 +165,20 @@ def as_walked(how: Sampling, job: Job) -> Sampling:
 # Ways to make images other than from noise alone
 
 
+def watched(look: Callable[[Tensor, Tensor, Tensor], None]) -> Way:
+    """From noise alone, as always; `look` sees every x_t, t and x_0 that the solver is told."""
+
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            predicted = at.denoise(x_t, t)
+            look(x_t, t, predicted.x_0)
+            return predicted
+
+        return trajectory(*at._replace(denoise=denoise))
+
+    return Way(way)
+
+
 def varied(inputs: Tensor, strength: float) -> Way:
     """Start image j from input j, modulo their number, with noise added."""
 

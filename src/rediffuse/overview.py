@@ -1,5 +1,6 @@
 """What `runs` and `show` tell."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,8 +28,8 @@ def brief(run: Run) -> dict[str, Any]:
         "status": status_now(run),
         "created": record.created[:19],
         "images": record.images_seen,
-        "loss": _last(rows, "loss"),
-        "held out": _last(rows, "validation/loss"),
+        "loss": last(rows, "loss"),
+        "held out": last(rows, "validation/loss"),
     }
 
 
@@ -76,7 +77,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
-def _last(rows: list[dict[str, float]], name: str) -> float | None:
+def last(rows: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """The newest value of a metric."""
     return next((row[name] for row in reversed(rows) if name in row), None)
 
 

@@ -1,5 +1,6 @@
 """Pixels to files: single images, grids of them, films."""
 
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -13,21 +14,31 @@ Pixels = UInt8[np.ndarray, "count channels height width"]
 
 
 def grid(
-    images: Pixels, columns: int | None = None, gap: int = 2, least: int = 28
+    images: Pixels, columns: int | None = None, gap: int = 2, least: int = 28, paper: int = 255
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Lay images out in rows, left to right, on white; tiny ones are enlarged to `least` pixels."""
-    zoom = max(1, -(-least // images.shape[-1]))
-    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    """Lay images out in rows, left to right, on white or another `paper`.
+
+    Tiny ones are enlarged to `least` pixels.
+    """
+    images = enlarged(images, least)
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
     canvas = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), paper, np.uint8
     )
     for k, image in enumerate(images):
         y, x = k // columns * (height + gap), k % columns * (width + gap)
         canvas[y : y + height, x : x + width] = image.transpose(1, 2, 0)
     return canvas
+
+
+def enlarged(
+    images: Pixels, least: int = 28
+) -> UInt8[np.ndarray, "count channels zoomed_height zoomed_width"]:
+    """Repeat the pixels of tiny images until they are `least` pixels wide."""
+    zoom = max(1, -(-least // images.shape[-1]))
+    return images.repeat(zoom, axis=2).repeat(zoom, axis=3)
 
 
 def columns_for(count: int, class_names: Sequence[str]) -> int:
@@ -50,6 +61,35 @@ def save_film(frames: Iterable[UInt8[np.ndarray, "h w c"]], file: Path) -> Path:
     first, *rest = map(_image, frames)
     first.save(file, save_all=True, append_images=rest, duration=80, loop=0)
     return file
+
+
+def film(frames: Sequence[UInt8[np.ndarray, "h w c"]], last_ms: int = 1500) -> bytes:
+    """Frames as the bytes of a GIF that rests on the last one.
+
+    A bar below them says how far it is.
+    """
+    first, *rest = (
+        _image(_with_bar(frame, k / len(frames))) for k, frame in enumerate(frames, start=1)
+    )
+    written = io.BytesIO()
+    durations = [120] * len(rest) + [last_ms]
+    first.save(written, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    return written.getvalue()
+
+
+def png(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
+    """The bytes of a PNG."""
+    written = io.BytesIO()
+    _image(pixels).save(written, "PNG")
+    return written.getvalue()
+
+
+def _with_bar(frame: np.ndarray, share: float, height: int = 4) -> np.ndarray:
+    bar = np.full((2 * height, *frame.shape[1:]), 255, np.uint8)
+    bar[height:] = 200
+    bar[height:, : round(share * frame.shape[1])] = 90
+    bar[..., 3:] = 255
+    return np.concatenate((frame, bar))
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

@@ -16,6 +16,7 @@ from rediffuse.cli import (
     diagnose,
     memorisation,
     plan,
+    report,
     reproduce,
     runs,
     sample,
@@ -46,6 +47,7 @@ rediffuse.add_command(reproduce.reproduce)
 rediffuse.add_command(compare.compare)
 rediffuse.add_command(memorisation.memorisation)
 rediffuse.add_command(diagnose.diagnose)
+rediffuse.add_command(report.report)
 rediffuse.add_command(runs.show)
 rediffuse.add_command(runs.runs)
 rediffuse.add_command(data.data)

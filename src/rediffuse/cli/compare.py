@@ -23,11 +23,20 @@ from rediffuse.cli import options
     type=click.Path(path_type=Path, file_okay=False),
     help="Else in comparisons/, beside A.",
 )
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write a page of it."
+)
 @options.json_output
 @options.root
 @options.trust
 def compare(
-    first: str, second: str, no_images: bool, as_json: bool, root: Path | None, **how: object
+    first: str,
+    second: str,
+    no_images: bool,
+    html: Path | None,
+    as_json: bool,
+    root: Path | None,
+    **how: object,
 ) -> int:
     """Compare two runs: configuration, environment, metrics, and images of the same noise.
 
@@ -35,10 +44,10 @@ def compare(
 
     \b
     rediffuse compare 3f2a91 77c0de
-    rediffuse compare 3f2a91 77c0de --n 40 --solver heun --steps 18
+    rediffuse compare 3f2a91 77c0de --n 40 --solver heun --steps 18 --html page.html
     """
     from rediffuse import compare as two
     from rediffuse.gallery import Options
 
     asked = Options(root=root, **how)  # type: ignore[arg-type]
-    return two.compare(first, second, asked, images=not no_images, as_json=as_json)
+    return two.compare(first, second, asked, images=not no_images, as_json=as_json, html=html)

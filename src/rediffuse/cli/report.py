@@ -1,0 +1,63 @@
+"""`rediffuse report`."""
+
+from pathlib import Path
+
+import click
+
+from rediffuse.cli import options
+
+
+@click.command()
+@click.argument("run_id", required=False)
+@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Else report.html in the run's directory.",
+)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Also write every picture as a file of its own.",
+)
+@click.option("--no-images", "--no_images", is_flag=True, help="Ask no network; draw curves only.")
+@click.option(
+    "--n",
+    "count",
+    type=click.IntRange(1, 32),
+    default=10,
+    show_default=True,
+    help="Images per solver.",
+)
+@click.option(
+    "--solver", "solvers", multiple=True, help="Put side by side; repeat it: 'heun churn=40'."
+)
+@click.option("--steps", type=click.IntRange(1), help="Of the solvers; else as the run samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Another set of images.",
+)
+@click.option(
+    "--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number."
+)
+@options.root
+@options.trust
+def report(run_id: str | None, option: str | None, no_images: bool, **how: object) -> int:
+    """Write one HTML page about a run: curves, previews, how images come to be, configuration.
+
+    It holds everything that it shows, loads nothing and runs nothing.
+
+    \b
+    rediffuse report 3f2a91
+    rediffuse report 3f2a91 --output page.html --no-images
+    rediffuse report 3f2a91 --solver ddim --solver "heun churn=10" --steps 10
+    """
+    from rediffuse.report import run
+
+    asked = run.Asked(draws=not no_images, **how)  # type: ignore[arg-type]
+    return run.report(options.run_argument(run_id, option), asked)

@@ -1,0 +1,79 @@
+"""Figures of evaluations, each with the card that says how it came about."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rediffuse.config.compose import leaves
+from rediffuse.reading import read_object
+from rediffuse.report.page import told
+
+
+class Figure(NamedTuple):
+    """A number, and every field of its card."""
+
+    file: str
+    name: str
+    value: str
+    spread: str
+    floor: str
+    digest: str
+    samples: str  # the card's own line about the images
+    card: dict[str, Any]
+
+
+def evaluations(folder: Path) -> tuple[list[Figure], list[str]]:
+    """The figures in a folder's JSON files, and why a file has none.
+
+    A figure is an object with `name`, `value` and a `card` that has a `digest`; a number without
+    its card is not shown.
+    """
+    found: list[Figure] = []
+    notes = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            figures = [_figure(file.name, of) for of in _figures(read_object(file))]
+        except (OSError, ValueError) as broken:
+            why = getattr(broken, "strerror", None) or broken
+            notes.append(f"{file.name} cannot be read: {why}.")
+            continue
+        found += figures
+        if not figures:
+            notes.append(f"{file.name} has no figure with its card, so nothing of it is shown.")
+    return found, notes
+
+
+def _figures(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a tree that is a figure, outermost first."""
+    if isinstance(value, dict):
+        card = value.get("card")
+        if {"name", "value"} <= value.keys() and isinstance(card, dict) and card.get("digest"):
+            yield value
+        else:
+            for inner in value.values():
+                yield from _figures(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _figures(inner)
+
+
+def _figure(file: str, of: dict[str, Any]) -> Figure:
+    spread, floor, card = of.get("spread"), of.get("floor"), of["card"]
+    shown_spread = shown_floor = ""
+    samples = card.get("samples", "")
+    if isinstance(spread, dict):
+        mean, sd = (told(spread.get(name)) for name in ("mean", "sd"))
+        blocks, n = (told(spread.get(name)) for name in ("blocks", "n"))
+        shown_spread = f"{mean} ± {sd} ({blocks} blocks of {n})"
+    if isinstance(floor, dict):
+        shown_floor = f"{told(floor.get('value'))} ({told(floor.get('what'))})"
+    return Figure(
+        file,
+        told(of.get("figure", of["name"])),  # with its n
+        told(of["value"]),
+        shown_spread,
+        shown_floor,
+        told(card["digest"]),
+        told(samples.get("told", "")) if isinstance(samples, dict) else told(samples),
+        {name: told(value) for name, value in leaves(card).items()},
+    )

@@ -1,0 +1,153 @@
+"""A page that is complete in itself: pictures inside, no scripts, nothing that is fetched.
+
+Every word that comes from a run is escaped by the template engine. The policy in the page's head
+lets a browser load nothing but its own pictures, and use no style but ours.
+"""
+
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from rediffuse import plots
+from rediffuse.errors import ConfigError, RunError
+from rediffuse.tracking.jsonl import write_atomically
+
+_HERE = Path(__file__).parent
+_ENDINGS = {"svg": "image/svg+xml", "png": "image/png", "gif": "image/gif"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, also for dark pages and for readers who want nothing to move, where it differs."""
+
+    name: str  # of its file, without the ending
+    kind: str  # svg, png or gif
+    title: str
+    caption: str
+    content: bytes
+    dark: bytes | None = None
+    still: bytes | None = None  # a PNG in the place of a film
+    wide: bool = False
+    draw: Callable[[], Figure] | None = None
+
+    @property
+    def address(self) -> str:
+        """The picture itself, as an address."""
+        return _address(self.content, self.kind)
+
+    @property
+    def dark_address(self) -> str | None:
+        """The same for dark pages, if it has a picture of its own there."""
+        return _address(self.dark, self.kind) if self.dark else None
+
+    @property
+    def still_address(self) -> str | None:
+        """What stands still in its place."""
+        return _address(self.still, "png") if self.still else None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Pictures under one heading, or the reason why there are none."""
+
+    title: str
+    pictures: Sequence[Picture] = ()
+    notes: Sequence[str] = ()
+
+
+def figure(
+    name: str, draw: Callable[[], Figure], title: str, caption: str = "", *, wide: bool = False
+) -> Picture:
+    """Draw a figure for light and for dark pages."""
+    light, dark = (plots.svg(draw, style) for style in (plots.LIGHT, plots.DARK))
+    return Picture(name, "svg", title, caption, light, dark, wide=wide, draw=draw)
+
+
+def render(template: str, **facts: Any) -> str:
+    """Fill a template of this folder."""
+    engine = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    engine.filters["value"] = told
+    style = (_HERE / "style.css").read_text()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return engine.get_template(template).render(style=Markup(style), style_digest=digest, **facts)
+
+
+def told(value: Any) -> str:
+    """A value as text: numbers with four digits, lists with commas."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(told, value)) or "none"
+    return str(value)
+
+
+def check_output(file: Path) -> None:
+    """Refuse a place where no page can be written.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{str(file)[:200]}: a page's name ends in .html")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file in it")
+    home = next(folder for folder in file.absolute().parents if folder.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        raise ConfigError(f"{file} cannot be written, as {home} is; name another file")
+
+
+def write(file: Path, page: str) -> None:
+    """Write a page, complete or not at all.
+
+    Raises:
+        RunError: if it cannot be written there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, page.encode("utf-8", "replace"))
+    except OSError as failed:
+        raise RunError(
+            f"{file} cannot be written ({failed.strerror}); name another file for the page"
+        ) from None
+
+
+def write_pictures(folder: Path, sections: Sequence[Section]) -> None:
+    """Write every picture as a file of its own.
+
+    Raises:
+        RunError: if one cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in (picture for section in sections for picture in section.pictures):
+            write_atomically(folder / f"{picture.name}.{picture.kind}", picture.content)
+            if picture.dark:
+                write_atomically(folder / f"{picture.name}-dark.{picture.kind}", picture.dark)
+            if picture.wide and picture.draw:  # of images, which not every program takes in an SVG
+                write_atomically(folder / f"{picture.name}.png", plots.png(picture.draw))
+    except OSError as failed:
+        raise RunError(f"{folder} cannot be written ({failed.strerror})") from None
+
+
+def _address(content: bytes, kind: str) -> str:
+    return f"data:{_ENDINGS[kind]};base64,{base64.b64encode(content).decode()}"
