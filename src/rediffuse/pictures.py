@@ -85,7 +85,7 @@ def png(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
 
 
 def _with_bar(frame: np.ndarray, share: float, height: int = 4) -> np.ndarray:
-    bar = np.full((2 * height, *frame.shape[1:]), 255, np.uint8)
+    bar = np.full((2 * height, *frame.shape[1:]), 136, np.uint8)
     bar[height:] = 200
     bar[height:, : round(share * frame.shape[1])] = 90
     bar[..., 3:] = 255
