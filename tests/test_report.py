@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from cli import TINY, content, edit
-from cli import rediffuse as cli
 from matplotlib.text import Text
 from PIL import Image
 
 from rediffuse import compare, launch, plots
 from rediffuse.api import load, sample
+from rediffuse.cli import rediffuse as cli
 from rediffuse.config.compose import compose
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.gallery import Options, wanted
@@ -222,11 +222,12 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_command_says_where_the_page_is(trained, tmp_path):
+def test_the_command_says_where_the_page_is(trained, tmp_path, capsys):
     root, run = trained
     file = tmp_path / "page.html"
-    done = cli("report", run[:8], "--no-images", "--output", str(file), root=root)
-    assert re.fullmatch(rf"report    {file} \(\d\.\d MB\)\n", done.stdout)
+    words = ["report", run[:8], "--root", str(root), "--no-images", "--output", str(file)]
+    assert cli.main(words, standalone_mode=False) == 0
+    assert re.fullmatch(rf"report    {file} \(\d\.\d MB\)\n", capsys.readouterr().out)
 
 
 # What is drawn

@@ -103,7 +103,7 @@ def loss(curves: Sequence[Curve]) -> Figure:
     figure, axes = _panel("images seen", "loss")
     for k, curve in enumerate(curves):
         axes.plot(*curve[1:], color=f"C{k}", linewidth=0.8, alpha=0.45, **_points(curve))
-        axes.plot(curve.images, smoothed(curve), color=f"C{k}", label=curve.label)
+        axes.plot(curve.images, smoothed(curve), _LINES[k % 2], color=f"C{k}", label=curve.label)
     return _finished(figure, axes, curves)
 
 
@@ -119,7 +119,8 @@ def held_out(curves: Sequence[Curve]) -> Figure:
     """The loss on images that are not trained on, with the least of each."""
     figure, axes = _panel("images seen", "loss on held-out images")
     for k, curve in enumerate(curves):
-        axes.plot(*curve[1:], marker="o", markersize=3.5, color=f"C{k}", label=curve.label)
+        line = _LINES[k % 2]
+        axes.plot(*curve[1:], line, marker="o", markersize=3.5, color=f"C{k}", label=curve.label)
         if np.isfinite(curve.values).any():
             at = int(np.nanargmin(curve.values))
             least = curve.images[at], curve.values[at]
@@ -132,8 +133,8 @@ def held_out(curves: Sequence[Curve]) -> Figure:
 def metric(curves: Sequence[Curve], unit: str, level: float | None = None) -> Figure:
     """Any other metric; `level` is drawn as a dashed line."""
     figure, axes = _panel("images seen", unit)
-    for curve in curves:
-        axes.plot(*curve[1:], linewidth=1.5, label=curve.label, **_points(curve))
+    for k, curve in enumerate(curves):
+        axes.plot(*curve[1:], _LINES[k % 2], linewidth=1.5, label=curve.label, **_points(curve))
     if level is not None:
         axes.axhline(level, linestyle="--", linewidth=1.2, color="C1")
     return _finished(figure, axes, curves)
@@ -257,6 +258,8 @@ def _laid_out(rows: Sequence[Pixels], gap: int = 2) -> UInt8[np.ndarray, "h w 4"
 
 
 # What panels share
+
+_LINES = "-", "--"  # so that of two equal curves both are seen
 
 
 def _panel(across: str, up: str) -> tuple[Figure, Axes]:
