@@ -52,7 +52,7 @@ class Side(NamedTuple):
     @property
     def images(self) -> int:
         """How many images it had seen at its last row of metrics."""
-        return int(self.rows[-1]["images"]) if self.rows else 0
+        return _last_images(self.rows)
 
     @property
     def class_names(self) -> list[str]:
@@ -143,7 +143,7 @@ def metrics(a: Sequence[Row], b: Sequence[Row]) -> dict[str, Facts]:
     is no loss is None.
     """
     found = {}
-    end = min(rows[-1]["images"] if rows else 0 for rows in (a, b))
+    end = min(_last_images(rows) for rows in (a, b))
     names = dict.fromkeys(name for row in a for name in row)
     for name in (n for n in names if n != "epoch" and not is_clocked(n)):
         both = [
@@ -163,6 +163,11 @@ def metrics(a: Sequence[Row], b: Sequence[Row]) -> dict[str, Facts]:
             "best": best if "loss" in name else None,
         }
     return found
+
+
+def _last_images(rows: Sequence[Row]) -> int:
+    """The most images of a row; an evaluation of an earlier checkpoint comes after later ones."""
+    return int(max((row["images"] for row in rows), default=0))
 
 
 def _least(values: Mapping[int, float], until: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from rediffuse import drift
 from rediffuse.config.compose import checked, leaves, read_yaml
 from rediffuse.errors import RediffuseError
+from rediffuse.reading import read_object
 from rediffuse.runs import Run, last_heard, status_now
 from rediffuse.tracking.jsonl import read_metrics
 from rediffuse.training.checkpoint import best, checkpoints
@@ -46,6 +48,7 @@ def full(run: Run) -> dict[str, Any]:
         "checkpoints": [checkpoint.name for checkpoint in checkpoints(run.checkpoints)],
         "best checkpoint": spared.name if spared else None,
         "last heard": heard and f"{datetime.fromtimestamp(heard, UTC):%Y-%m-%dT%H:%M:%S}",
+        "evaluations": evaluations(run),
         "data": environment.get("data"),
         "code": environment.get("git"),
         "torch": leaves(environment).get("torch.version"),
@@ -54,6 +57,20 @@ def full(run: Run) -> dict[str, Any]:
         "because": parted or f"determinism={config.determinism}, nothing changed on the way",
         "config": leaves(config.model_dump()),
     }
+
+
+def evaluations(run: Run) -> list[str]:
+    """What was found of a run: a file of its evaluation/ and the first figure in it, each."""
+    files = sorted((run.directory / "evaluation").glob("step-*.json"))
+    return [f"{file.stem}: {_first_figure(file)}" for file in files]
+
+
+def _first_figure(file: Path) -> str:
+    try:
+        figure = read_object(file)["figures"][0]
+        return f"{str(figure['figure'])[:80]} {float(figure['value']):.4g}"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return "damaged"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from rediffuse.config.schema import FREE, Config
 from rediffuse.data.batches import Batch, fixed
 from rediffuse.errors import RediffuseError
 from rediffuse.images import Images
+from rediffuse.judging import Proxy
 from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.randomness import order
@@ -50,6 +51,7 @@ class Session:
         self._validation = self._held_out()
         self._last_preview: int | None = None
         self._skipped = hooks.NonFinite(self._fault, config.training.non_finite_limit)
+        self._proxy = Proxy(run.directory.parent, images, say)
 
     def begin(self, state: TrainState) -> None:
         """Open the record where the state is, and say what is going to happen."""
@@ -97,6 +99,9 @@ class Session:
                 looking.append(hooks.Profile(self.run.logs, say))
             looking.append(when(often, hook=hooks.spikes(say, self._spikes)))
             looking.append(hooks.digest(self._digest, size, saves, self.planned))
+            if training.proxy_every_images:
+                proxy = when(training.proxy_every_images, hook=lambda state, _: self.proxy(state))
+                looking.append(proxy)
             if training.previews:
                 looking.append(when(previews, hook=lambda state, _: self.preview(state)))
             looking.append(when(saves, hook=lambda state, _: self.save(state)))
@@ -139,10 +144,7 @@ class Session:
             return
         count, names = self.config.training.preview_count, self.images.class_names
         numbers = tuple(range(count))
-        denoiser = replace(self.recipe.denoiser, network=state.sampler)
-        model = Model(
-            self.config, denoiser, names, self.recipe.devices.device, self.recipe.precision
-        )
+        model = self._model(state)
         job = drawing.Job(numbers, drawing.classes_for(numbers, names), batch_size=count)
         pixels = np.concatenate(
             [drawn for _, drawn in drawing.draw(model, self.config.sampling, job)]
@@ -150,6 +152,19 @@ class Session:
         picture = grid(pixels, columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
         self._last_preview = state.images_seen
+
+    def proxy(self, state: TrainState) -> None:
+        """Record how far a few images of the averaged weights are from real ones, cheaply."""
+        training = self.config.training
+        found = self._proxy(self._model(state), training.proxy_images, training.proxy_steps)
+        state.metrics |= found
+        self._record(found, state.images_seen)
+
+    def _model(self, state: TrainState) -> Model:
+        """What samples come from, as it is now."""
+        denoiser = replace(self.recipe.denoiser, network=state.sampler.eval())
+        names, device = self.images.class_names, self.recipe.devices.device
+        return Model(self.config, denoiser, names, device, self.recipe.precision)
 
     def end(self, state: TrainState, status: Status) -> None:
         """Settle the record of a run that went as far as it should."""

@@ -14,12 +14,14 @@ from rediffuse.cli import (
     compare,
     data,
     diagnose,
+    evaluate,
     memorisation,
     plan,
     report,
     reproduce,
     runs,
     sample,
+    sweep,
     train,
 )
 from rediffuse.errors import RediffuseError
@@ -43,6 +45,8 @@ rediffuse.add_command(train.train)
 rediffuse.add_command(train.resume)
 rediffuse.add_command(plan.plan)
 rediffuse.add_command(sample.sample)
+rediffuse.add_command(evaluate.evaluate)
+rediffuse.add_command(sweep.sweep)
 rediffuse.add_command(reproduce.reproduce)
 rediffuse.add_command(compare.compare)
 rediffuse.add_command(memorisation.memorisation)

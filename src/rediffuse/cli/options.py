@@ -1,6 +1,8 @@
 """Options that several commands share."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,6 +25,59 @@ trust = click.option(
     help="Import parts of your own that the run names from this package.",
 )
 json_output = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
+
+
+_DRAWN = (
+    click.option("--seeds", help="Which images: 0-999; image j is the same in every job."),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Another set."),
+    click.option("--class", "class_name", help="All of one class; else they take turns."),
+    click.option("--guide-by", "--guide_by", metavar="[RUN:]CHECKPOINT", help="A weaker model."),
+    click.option("--grid", help="Where a solver stops; else as the run says."),
+    click.option("--threshold", help="Else as the run says."),
+    click.option("--checkpoint", default="latest", show_default=True, help="Or best, or a number."),
+    click.option("--batch-size", "--batch_size", type=click.IntRange(1), help="Images at a time."),
+    click.option("--device", default="auto", show_default=True),
+)
+_JUDGED = (
+    click.option(
+        "--features",
+        multiple=True,
+        metavar="NAME|FOLDER",
+        help="classifier (default), inception, or a folder with DINOv2 or CLIP; repeatable.",
+    ),
+    click.option(
+        "--metric",
+        "metrics",
+        multiple=True,
+        metavar="NAME",
+        help="Tell only fd, kd, precision ...; fid, kid, is, sfid and mifid ask for Inception.",
+    ),
+    click.option(
+        "--against",
+        default="train",
+        show_default=True,
+        help="Real images: train, held-out or test.",
+    ),
+    click.option("--allow-small-n", "--allow_small_n", is_flag=True, help="Judge fewer anyway."),
+    click.option("--again", is_flag=True, help="Even what was evaluated before."),
+)
+JUDGED = ("features", "metrics", "against", "allow_small_n", "again", "as_json")
+
+
+def drawn(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which images are drawn to be judged, and how."""
+    return _all(_DRAWN, command)
+
+
+def judged(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is measured of them."""
+    return _all(_JUDGED, command)
+
+
+def _all(several: Sequence[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(several):
+        command = option(command)
+    return command
 
 
 def run_argument(run_id: str | None, option: str | None) -> str:

@@ -40,6 +40,12 @@ BatchSize = Annotated[
 Seed = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 
 
+BestMetric = Annotated[
+    str, Field(pattern=r"^(validation/loss|loss|epoch/loss|proxy/fd_(classifier|turns)_\d+k?)$")
+]
+"""What a training run measures of itself, lowest at its best."""
+
+
 class Section(BaseModel):
     """A group of fields: no unknown ones, no silent conversions, unchangeable."""
 
@@ -106,7 +112,10 @@ class Training(Section):
     validation_images: PositiveInt = 1024
     keep_checkpoints: PositiveInt = 2
     keep_every_images: PositiveInt | None = None
-    best_metric: Literal["validation/loss", "loss", "epoch/loss"] = "validation/loss"
+    proxy_every_images: PositiveInt | None = None
+    proxy_images: PositiveInt = 500
+    proxy_steps: PositiveInt = 10
+    best_metric: BestMetric = "validation/loss"
     early_stopping_checks: PositiveInt | None = None
     non_finite_limit: PositiveInt = 20
 
@@ -120,6 +129,10 @@ class Training(Section):
             raise ValueError(
                 f"training.accumulation={self.accumulation} must divide training.batch_size="
                 f"{self.batch_size}, which counts the images of one optimizer step"
+            )
+        if self.best_metric.startswith("proxy/") and not self.proxy_every_images:
+            raise ValueError(
+                f"training.best_metric={self.best_metric} needs training.proxy_every_images"
             )
         return self
 
@@ -190,6 +203,7 @@ FREE = (
     "training.checkpoint_every_images", "training.previews", "training.preview_count",
     "training.keep_checkpoints", "training.keep_every_images", "training.best_metric",
     "training.early_stopping_checks", "training.non_finite_limit",
+    "training.proxy_every_images", "training.proxy_images", "training.proxy_steps",
     "sampling", "tracking",
 )  # fmt: skip
 DECLARED = (

@@ -1,7 +1,7 @@
 """What an evaluation looks through: a fixed network that turns images into vectors."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -18,6 +18,7 @@ class Seen(NamedTuple):
     spatial: Float[Tensor, "batch position"] | None = None
 
 
+@runtime_checkable
 class Features(Protocol):
     """A fixed network, with all that a figure made through it depends on.
 

@@ -1,0 +1,465 @@
+"""`rediffuse evaluate`: figures of images, told and kept with how they came about.
+
+    <run>/evaluation/<checkpoint>-<weights>-<solver>-<steps>-<n>-<key>.json
+
+The key is the digest of everything that the figures depend on. What was evaluated before is read
+and told again, so that whoever asks twice waits once.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from rediffuse import drift
+from rediffuse.config.schema import Config, Sampling
+from rediffuse.drawing import Job
+from rediffuse.errors import ConfigError, RunError
+from rediffuse.evaluation.card import Card, digest_of
+from rediffuse.evaluation.figures import Figure, short, shown_spread
+from rediffuse.evaluation.measures import INCEPTION
+from rediffuse.gallery import Options, wanted, wanted_job
+from rediffuse.given import pair
+from rediffuse.images import prepare
+from rediffuse.judging import Cost, Study, drawn
+from rediffuse.legality import check_sampling
+from rediffuse.likelihoods import bits, card_of
+from rediffuse.models import Model, find, load
+from rediffuse.reading import read_object
+from rediffuse.references import joined, looked_at, networks, real_parts
+from rediffuse.runs import Run, locked, runs_root
+from rediffuse.session import say, trackers_of
+from rediffuse.tracking.console import Console
+from rediffuse.tracking.journal import replay
+from rediffuse.tracking.jsonl import append_metrics, read_metrics, write_atomically
+from rediffuse.training import checkpoint
+from rediffuse.training.devices import choose
+from rediffuse.words import did_you_mean, tell
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured, and through what; empty is what needs no weights from elsewhere."""
+
+    features: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    against: str = "train"
+    allow_small_n: bool = False
+    accuracy_score: bool = False
+    likelihood: int | None = None
+    again: bool = False
+    as_json: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one set of images, and what they took; `key` is what they are found by again."""
+
+    key: str
+    figures: tuple[Figure, ...]
+    cost: Cost | None  # of drawing, where images were drawn
+    facts: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        figures = [figure.as_json() for figure in self.figures]
+        cost = self.cost and self.cost._asdict()
+        return {"key": self.key, **self.facts, "cost": cost, "figures": figures}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> "Evaluation":
+        """Undo `as_json`.
+
+        Raises:
+            ValueError: for what is not the JSON of an evaluation.
+        """
+        try:
+            rest = dict(told)
+            key, figures, cost = (rest.pop(name) for name in ("key", "figures", "cost"))
+            spent = cost and Cost(*(float(cost[name]) for name in Cost._fields))
+            for name, kind in (("way", str), ("seconds", float), ("images_seen", int)):
+                if not isinstance(rest[name], kind):
+                    raise TypeError(name)
+            return cls(str(key), tuple(map(Figure.from_json, figures)), spent, rest)
+        except (KeyError, TypeError) as wrong:
+            raise ValueError(f"it is not an evaluation ({wrong})") from None
+
+    def metrics(self) -> dict[str, float]:
+        """The figures as metrics of the run, whose names say how the images were drawn."""
+        way = self.facts["way"]
+        return {f"evaluation/{f.full_name}/{way}": f.value for f in self.figures}
+
+    def told(self, metrics: Sequence[str]) -> "Evaluation":
+        """Only the figures of these metrics, or all where none is named."""
+        kept = tuple(
+            figure
+            for figure in self.figures
+            if not metrics or any(f"{figure.name}_".startswith(f"{word}_") for word in metrics)
+        )
+        return replace(self, figures=kept)
+
+
+def evaluate(word: str, options: Options, asked: Asked) -> int:
+    """Judge a run's images, tell the figures and keep them in the run; return the exit code.
+
+    Raises:
+        RediffuseError: if the run, its images or what is asked for cannot be used.
+    """
+    check_metrics(asked)
+    run = find(word, options.root)
+    model = opened(run, options)
+    how = way(model, options)
+    wanted_job(model, options)  # refused before anything is looked at
+    study = study_of(run, model, asked)
+    count = options.count or (None if options.seeds else study.usual_n)
+    job = wanted_job(model, replace(options, count=count))
+    if not asked.allow_small_n:
+        study.check(len(job.images))
+    found = judged(run, model, how, job, study, again=asked.again)
+    both = [found]
+    if asked.likelihood:
+        both.append(likelihood(run, model, study, asked.likelihood, again=asked.again))
+    show(both, asked)
+    record(run, model.config, both)
+    return 0
+
+
+def evaluate_given(
+    images: str, reference: str, size: int | None, root: Path | None, asked: Asked
+) -> int:
+    """Judge given images against given ones, and tell the figures; return the exit code.
+
+    Raises:
+        RediffuseError: if the images or what is asked for cannot be used.
+    """
+    check_metrics(asked)
+    began, place = time.perf_counter(), runs_root(root)
+    sample, parts = pair(place, images, reference, size, note)
+    against = next(iter(parts))
+    device = choose(asked.device).device
+    looking = networks(place, parts[against], through(asked), device, note)
+    study = Study(place, parts, against, looking, note)
+    if not asked.allow_small_n:
+        study.check(len(sample))
+    card = study.card(len(sample), sample.facts)
+    seen = {f.name: joined(looked_at(sample.chunks(), f)) for f in looking}
+    figures = tuple(study.figures(seen, card, study.classes_of(sample)))
+    seconds = time.perf_counter() - began
+    show([Evaluation(card.digest, figures, None, {"seconds": seconds})], asked)
+    return 0
+
+
+def check_metrics(asked: Asked) -> None:
+    """Refuse names that no figure has.
+
+    Raises:
+        ConfigError: naming those that there are.
+    """
+    known = (*_INCEPTIONS_OWN, *_METRICS)
+    for name in asked.metrics:
+        if name not in known:
+            raise ConfigError(
+                f"--metric {name}: there is none{did_you_mean(name, known)}; there are "
+                f"{', '.join(known)}"
+            )
+
+
+def through(asked: Asked) -> tuple[str, ...]:
+    """The networks that are asked for by name, or by a metric that is one network's own."""
+    found = list(asked.features)
+    if {*asked.metrics} & {*_INCEPTIONS_OWN} and INCEPTION not in found:
+        found.append(INCEPTION)
+    if {*asked.metrics} & {"fd", "kd", "agreement"} and not asked.features:
+        found.insert(0, "classifier")
+    return tuple(found)
+
+
+_INCEPTIONS_OWN = ("fid", "kid", "is", "sfid", "mifid")
+_METRICS = (
+    *("fd", "kd", "precision", "recall", "density", "coverage", "agreement", "cas", "bits"),
+    *("grey", "red", "green", "blue", "alpha"),
+)
+
+
+def opened(run: Run, options: Options) -> Model:
+    """The model that a run's checkpoint holds."""
+    return load(
+        run.directory,
+        weights=options.weights,
+        which=options.checkpoint,
+        device=options.device,
+        trusted=options.trust,
+    )
+
+
+def way(model: Model, options: Options) -> Sampling:
+    """How it is sampled, once that is known to work.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    how = wanted(model.config.sampling, options)
+    if options.guide_by and how.guidance.arguments.get("scale") == 1:
+        raise ConfigError("--guide-by needs --guidance above 1; at 1 nobody asks the weaker model")
+    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
+    return how
+
+
+def study_of(run: Run, model: Model, asked: Asked) -> Study:
+    """What a run's images are held against, seen through the networks that are asked for.
+
+    Raises:
+        RediffuseError: if the images are not there, or not those that the run was trained on.
+    """
+    root = run.directory.parent
+    images = prepare(model.config.data, root, model.trusted)
+    if drift.began(run).get("data") != images.facts():
+        raise RunError(
+            f"the images are not those that run {run.id} was trained on; restore them, or name "
+            "others with --images and --reference"
+        )
+    parts = real_parts(images)
+    if asked.against not in parts:
+        raise ConfigError(f"--against {asked.against}: there are {', '.join(parts)} images")
+    looking = networks(root, parts["train"], through(asked), model.device, note)
+    score = asked.accuracy_score
+    return Study(root, parts, asked.against, looking, note, with_accuracy_score=score)
+
+
+def judged(
+    run: Run, model: Model, how: Sampling, job: Job, study: Study, *, again: bool = False
+) -> Evaluation:
+    """Read what was found before, or draw the images, judge them and keep what was found."""
+    assert model.origin
+    began, count = time.perf_counter(), len(job.images)
+    card = study.card(count, samples(model, how, job))
+    checkpoint_name, weights = model.origin["checkpoint"], model.origin["weights"]
+    name = f"{checkpoint_name}-{weights}-{how.solver.name}-{how.steps}-{short(count)}"
+    file = folder(run) / f"{name}-{card.digest[:12]}.json"
+    if not again and (found := kept(file, card.digest)):
+        return found
+    study.prepare(count)
+    bar = Console(count, 0)
+    progress = partial(bar.metrics, {})
+    score = study.with_accuracy_score
+    done = drawn(model, how, job, study.networks, progress, keep_pixels=score)
+    bar.close()
+    scale = how.guidance.arguments.get("scale", 1)
+    classes = None if job.classes is None else torch.tensor(job.classes)
+    figures = tuple(study.figures(done.seen, card, classes))
+    if done.pixels is not None:
+        figures += (study.accuracy_score(done.pixels, card, classes),)
+    facts = _facts(run, model, f"{how.solver.name}-{how.steps}-g{scale:g}", began)
+    found = Evaluation(card.digest, figures, done.cost, facts)
+    keep(file, found)
+    return found
+
+
+def likelihood(
+    run: Run, model: Model, study: Study, count: int, *, again: bool = False
+) -> Evaluation:
+    """Read or find the bits per dimension of real images that the run was not trained on."""
+    assert model.origin
+    began, real = time.perf_counter(), study.unseen()
+    count = min(count, len(real))
+    card = card_of(model, real, count)
+    at, weights = model.origin["checkpoint"], model.origin["weights"]
+    file = folder(run) / f"{at}-{weights}-bits-{short(count)}-{card.digest[:12]}.json"
+    if not again and (found := kept(file, card.digest)):
+        return found
+    note(f"finding the bits per dimension of {count:,} {real.what} images")
+    bar = Console(count, 0)
+    figures = bits(model, real, card, partial(bar.metrics, {}))
+    bar.close()
+    found = Evaluation(card.digest, figures, None, _facts(run, model, "bits", began))
+    keep(file, found)
+    return found
+
+
+def _facts(run: Run, model: Model, way: str, began: float) -> dict[str, Any]:
+    """What is kept beside figures; `way` is what their metrics are called after."""
+    assert model.origin
+    at = run.checkpoints / model.origin["checkpoint"]
+    return {
+        **model.origin,
+        "images_seen": checkpoint.facts(at)["images_seen"],
+        "way": f"{way}-{model.origin['weights']}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def samples(model: Model, how: Sampling, job: Job) -> dict[str, Any]:
+    """What a card says of drawn images: all that they depend on."""
+    assert model.origin
+    config, numbers, classes = model.config, _numbers(job.images), _classes(model, job)
+    scale = how.guidance.arguments.get("scale", 1)
+    return {
+        "told": f"{numbers} of seed {job.seed}, {classes}, drawn by {how.solver.name} in "
+        f"{how.steps} steps, guidance {scale:g}, from {model.origin['weights']} weights of "
+        f"{model.origin['checkpoint']} of run {model.origin['run'][:8]}",
+        **model.origin,
+        "sampling": how.model_dump(mode="json"),
+        "seed": job.seed,
+        "images": numbers,
+        "classes": classes,
+        "weaker": job.weaker.origin if job.weaker else None,
+        "precision": config.training.precision,
+        "compiled": bool(config.training.compile),
+        "determinism": config.determinism,
+        "device": model.device.type,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+    }
+
+
+def _numbers(images: Sequence[int]) -> str:
+    """Image numbers in one word: a range where they are one, else a digest of them."""
+    if list(images) == list(range(images[0], images[0] + len(images))):
+        return f"images {images[0]}-{images[-1]}"
+    return f"{len(images)} images {digest_of(list(images))}"
+
+
+def _classes(model: Model, job: Job) -> str:
+    """How labels are distributed: those in turn give a lower distance than random ones."""
+    if job.classes is None:
+        return "without classes"
+    if len({*job.classes}) == 1:
+        return f"all of class {model.class_names[job.classes[0]]}"
+    return f"{len(model.class_names)} classes in turn"
+
+
+# Kept in the run
+
+
+def folder(run: Run) -> Path:
+    """Where the evaluations of a run lie."""
+    return run.directory / "evaluation"
+
+
+def keep(file: Path, found: Evaluation) -> None:
+    """Write an evaluation, complete or not at all.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, json.dumps(found.as_json(), indent=1, allow_nan=False).encode())
+    except OSError as failed:
+        raise RunError(f"{file} cannot be written ({failed.strerror})") from None
+
+
+def kept(file: Path, key: str) -> Evaluation | None:
+    """What was found before under this key; None, with a word, for what is damaged."""
+    try:
+        found = Evaluation.from_json(read_object(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as broken:
+        note(f"{file.name} is damaged ({broken}); evaluated anew")
+        return None
+    return found if found.key == key else None
+
+
+def record(run: Run, config: Config, found: Sequence[Evaluation]) -> None:
+    """Add figures to the run's metrics where they are not among them; send them to its trackers.
+
+    A run that is being trained has its one writer already: its figures stay in their files until
+    they are asked for again.
+    """
+    try:
+        with locked(run):
+            known = read_metrics(run.metrics)
+            rows = [
+                (evaluation.facts["images_seen"], evaluation.metrics())
+                for evaluation in found
+                if not any(evaluation.metrics().items() <= row.items() for row in known)
+            ]
+            for images_seen, named in rows:
+                append_metrics(run.metrics, named, images_seen)
+            there = run.read()
+            trackers = trackers_of(config, run, there.parent)
+            if rows and trackers and there.status != "RUNNING":  # else resuming sends them
+                replay(run.directory, trackers, config.model_dump(), note, there.status)
+    except RunError as busy:
+        note(f"no tracker was told: {busy}")
+
+
+# Told
+
+
+def show(found: Sequence[Evaluation], asked: Asked) -> None:
+    """Print figures with their cards, as tables or as JSON: one object, or a list of several."""
+    shown = [each.told(asked.metrics) for each in found]
+    if asked.as_json:
+        told = [each.as_json() for each in shown]
+        say(json.dumps(told if len(told) > 1 else told[0], indent=1))
+        return
+    for each in shown:
+        print_table(("figure", "value", "blocks", "floor"), map(cells, each.figures))
+        for line in lines(each):
+            say(line)
+
+
+def cells(figure: Figure) -> tuple[str, str, str, str]:
+    """A figure in a table: name, value, what blocks of it say, and its floor."""
+    own = f" ± {figure.sd:.2g}" if figure.sd is not None else ""
+    spread = shown_spread(figure.spread) if figure.spread else ""
+    floor = f"{figure.floor.value:.3g}" if figure.floor else ""
+    return figure.full_name, f"{figure.value:.4g}{own}", spread, floor
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows, names on the left and numbers on the right, close together if there are many."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if len(columns) < _MANY else 1, 0, 0))
+    for name in columns:
+        first = name == columns[0]
+        table.add_column(name, justify="left" if first else "right", no_wrap=not first)
+    for row in rows:
+        table.add_row(*row)
+    Terminal(markup=False, emoji=False, highlight=False).print(table)
+
+
+_MANY = 6
+
+
+def lines(found: Evaluation) -> list[str]:
+    """What stands below figures: blocks, floors, every card that they have, and what it took."""
+    cards = {figure.card.digest: figure.card for figure in found.figures}
+    samples = {card.samples["told"]: None for card in cards.values()}
+    against = {card.reference["told"]: None for card in cards.values()}
+    floors = {f"{f.floor.n:,} {f.floor.what}" for f in found.figures if f.floor}
+    spreads = {(f.spread.blocks, f.spread.n) for f in found.figures if f.spread}
+    told = [f"blocks  {blocks} of {n:,} images each: mean ± sd" for blocks, n in spreads]
+    told += [f"floor   what real images have: {what}" for what in sorted(floors)]
+    told += [f"images  {line}" for line in samples] + [f"against {line}" for line in against]
+    told += [f"card    {digest}{_networks(card)}" for digest, card in cards.items()]
+    return [*told, f"took    {_cost(found)}"]
+
+
+def _networks(card: Card) -> str:
+    seen = [f"{name} {facts['digest']}" for name, facts in card.features.items()]
+    return f" through {' and '.join(seen)}, {card.n:,} images" if seen else f" of {card.n:,} images"
+
+
+def _cost(found: Evaluation) -> str:
+    cost, seconds = found.cost, found.facts["seconds"]
+    if cost is None:
+        return f"{seconds:,.0f} s"
+    share, each = cost.network_seconds / seconds, cost.evaluations
+    return f"{seconds:,.0f} s, {share:.0%} in the network, {each:g} evaluations an image"
+
+
+def note(line: str) -> None:
+    """Tell what is going on, beside the figures."""
+    tell(line, sys.stderr)

@@ -1,0 +1,152 @@
+"""Images that are given to be judged, ours or anybody's: a folder, a sampling job, a packed set.
+
+All go through the decoder and the packing that training data goes through, so that both sides of a
+comparison are read in the same way. They are kept in `<root>/evaluation/images`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from rediffuse.data.decoding import FORMATS
+from rediffuse.data.packing import FACTS, Packed, open_packed, pack
+from rediffuse.data.sources import Source, identity_of
+from rediffuse.data.sources.folder import Files, folder
+from rediffuse.errors import DataError
+from rediffuse.evaluation.card import digest_of
+from rediffuse.reading import read_object
+from rediffuse.references import Real, home, whole
+
+_MANIFEST, _MANIFEST_BYTES = "manifest.json", 2_000_000_000
+_GREY = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison as it was given, and what its files say before they are decoded.
+
+    `sizes` has the first image of each width and height.
+    """
+
+    word: str
+    part: str | None
+    found: Source | Packed
+    sizes: dict[tuple[int, int], str]
+    channels: int
+    formats: tuple[str, ...]
+
+
+def pair(
+    root: Path, images: str, reference: str, size: int | None, tell: Callable[[str], None]
+) -> tuple[Real, dict[str, Real]]:
+    """The images under judgement, and what they are held against, first, with its other parts.
+
+    Either is a folder of images, the folder of a sampling job, or a packed data set, whose part may
+    be named after a colon. Images of different sizes need a `size` that all are brought to.
+
+    Raises:
+        DataError: if one is missing, empty or broken, or cannot be compared with the other.
+    """
+    sides = [_side(word) for word in (images, reference)]
+    wanted, channels = _size(sides, size), max(side.channels for side in sides)
+    for side in sides:
+        if "JPEG" in side.formats:
+            tell(f"{side.word}: JPEG files; what compression did to them is in every figure")
+    judged, real = (_real(root, side, wanted, channels) for side in sides)
+    parts = {sides[1].part or "train": real}
+    if isinstance(found := sides[1].found, Packed):
+        parts |= {name: whole(found, name) for name in found.parts if name not in parts}
+    return judged, parts
+
+
+def _side(word: str) -> Side:
+    """Find out what a word names, by what lies there."""
+    name, colon, part = word.rpartition(":")
+    path = Path(name if colon and not Path(word).exists() else word).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{word[:200]}: there is no such folder of images or packed data set")
+    if (path / FACTS).is_file():
+        found = open_packed(path)
+        sizes = {(found.image_size, found.image_size): "packed images"}
+        which = part if path != Path(word).expanduser() else "train"
+        found.part(which)
+        return Side(word, which, found, sizes, found.channels, ())
+    if path != Path(word).expanduser():
+        raise DataError(f"{word}: only a packed data set has parts; {path} is a folder of files")
+    source = _job(path) if (path / _MANIFEST).is_file() else folder(path=path)
+    files = source.parts["train"]
+    assert isinstance(files, Files)
+    return Side(word, None, source, *_headers(files))
+
+
+def _job(path: Path) -> Source:
+    """The images of a sampling job, which knows their classes; its grid and film are none.
+
+    Raises:
+        DataError: if the manifest is not one, or an image that it names is missing.
+    """
+    try:
+        told = read_object(path / _MANIFEST, _MANIFEST_BYTES)["images"]
+        pairs = [(str(image["file"]), image["class"]) for image in told]
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        raise DataError(f"{path / _MANIFEST} is no manifest of a sampling job ({broken})") from None
+    if any(Path(file).name != file for file, _ in pairs) or not pairs:
+        raise DataError(f"{path / _MANIFEST} names no images, or images elsewhere")
+    classes = tuple(sorted({str(c) for _, c in pairs})) if all(c for _, c in pairs) else ()
+    names = tuple((file, classes.index(str(c)) if classes else None) for file, c in pairs)
+    identity = identity_of(((file, path / file) for file, _ in pairs), *classes)
+    return Source(classes, {"train": Files(path, names, False)}, identity)
+
+
+def _headers(files: Files) -> tuple[dict[tuple[int, int], str], int, tuple[str, ...]]:
+    sizes: dict[tuple[int, int], str] = {}
+    formats, modes = set(), set()
+    for name, _ in files.names:
+        try:
+            with Image.open(files.root / name, formats=FORMATS) as image:
+                sizes.setdefault(image.size, name)
+                formats.add(str(image.format))
+                modes.add(image.mode)
+        except Exception as broken:  # Pillow raises whatever it stumbles over
+            why = " ".join(str(broken).split())[:200]
+            raise DataError(f"{files.root / name} cannot be read ({why})") from None
+    return sizes, 1 if modes <= _GREY else 3, tuple(sorted(formats))
+
+
+def _size(sides: list[Side], asked: int | None) -> int:
+    """The one size that both sides have, or are brought to."""
+    sizes = {size: f"{side.word}/{name}" for side in sides for size, name in side.sizes.items()}
+    for side in sides:
+        if isinstance(side.found, Packed) and asked not in (None, side.found.image_size):
+            raise DataError(
+                f"{side.word} is packed at {side.found.image_size} pixels; --size {asked} would "
+                "change it: pack it anew with data.image_size"
+            )
+    if asked is not None:
+        return asked
+    (width, height), *others = sizes
+    if others or width != height:
+        told = ", ".join(f"{name} has {w}x{h}" for (w, h), name in list(sizes.items())[:3])
+        raise DataError(
+            f"the images are not squares of one size ({told}); --size N brings all to N pixels, "
+            "which changes what is compared"
+        )
+    return width
+
+
+def _real(root: Path, side: Side, size: int, channels: int) -> Real:
+    if isinstance(side.found, Packed):
+        if side.channels != channels:
+            raise DataError(
+                f"{side.word} has {side.channels} channels, and the other side {channels}; pack it "
+                f"anew with data.channels={channels}"
+            )
+        return whole(side.found, side.part or "train")
+    name = Path(side.word).expanduser().resolve().name[:40]
+    digest = digest_of([side.found.identity, side.word, size, channels])
+    place = home(root) / "images" / f"{name}-{digest}"
+    packed = pack(side.found, place, image_size=size, channels=channels)
+    resized = [f"{w}x{h}" for w, h in side.sizes if (w, h) != (size, size)][:8]
+    return whole(packed, "train", {"formats": list(side.formats), "resized": resized})

@@ -1,0 +1,366 @@
+"""From a model to figures: images are drawn and looked at at once, and only vectors are kept.
+
+A thread looks at one batch while the next one is sampled. Networks look at always as many images at
+a time, in the order of their numbers, so that no figure depends on the batch size of sampling.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rediffuse.config.schema import Sampling
+from rediffuse.data.ahead import ahead
+from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
+from rediffuse.errors import ConfigError
+from rediffuse.evaluation.card import Card, Facts
+from rediffuse.evaluation.classifier import classification_accuracy_score
+from rediffuse.evaluation.features import Features, Seen
+from rediffuse.evaluation.figures import Figure, Floor, spread_of, with_n
+from rediffuse.evaluation.frechet import frechet_distance
+from rediffuse.evaluation.measures import (
+    BLOCKS,
+    COLOUR,
+    MEASURE,
+    Reference,
+    Sample,
+    least_images,
+    measured,
+)
+from rediffuse.evaluation.moments import moments
+from rediffuse.images import Images
+from rediffuse.models import Model
+from rediffuse.references import (
+    CHUNK,
+    Pixels,
+    Real,
+    classifier_of,
+    identity,
+    joined,
+    looked_at,
+    looked_up,
+    real_parts,
+    versions,
+)
+
+
+class Clock(nn.Module):
+    """A network that counts the images that it is shown, and the seconds that this takes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.rows, self.seconds = 0, 0.0
+
+    def forward(self, *inputs: Any) -> Any:
+        """Answer as the network does."""
+        began = _now(inputs[0].device)
+        said = self.network(*inputs)
+        self.seconds += _now(inputs[0].device) - began
+        self.rows += len(inputs[0])
+        return said
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Cost(NamedTuple):
+    """What drawing took: passes of the network per image, and seconds in all and in the network.
+
+    A guided step asks about every image twice, and counts as two evaluations.
+    """
+
+    evaluations: float
+    seconds: float
+    network_seconds: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn images as each network saw them; the pixels themselves only where they were wanted."""
+
+    seen: dict[str, Seen]
+    cost: Cost
+    pixels: Pixels | None = None
+
+
+def drawn(
+    model: Model,
+    how: Sampling,
+    job: Job,
+    networks: Sequence[Features],
+    done: Callable[[int], object] = lambda count: None,
+    *,
+    keep_pixels: bool = False,
+) -> Drawn:
+    """Draw a job's images, and look at them through each network meanwhile.
+
+    `done` is told how many images there are so far.
+    """
+    if job.batch_size is None:
+        job = replace(job, batch_size=_batch_size(model, how, job))
+    clock = Clock(model.denoiser.network)
+    timed = replace(model, denoiser=replace(model.denoiser, network=clock))
+    began, asked = time.perf_counter(), 0
+    held: list[Pixels] = []
+
+    def batches() -> Iterator[Pixels]:
+        nonlocal asked
+        count = 0
+        for images, pixels in draw(timed, how, job):
+            asked += -(-len(images) // 8) * 8  # a batch is padded
+            done(count := count + len(images))
+            if keep_pixels:
+                held.append(pixels)
+            yield pixels
+
+    def look(chunk: Pixels) -> list[Seen]:
+        pixels = torch.from_numpy(chunk)
+        return [features(pixels) for features in networks]
+
+    with ThreadPoolExecutor(1, "features") as pool:
+        answers = list(ahead(pool, look, in_chunks(batches(), CHUNK), 2))
+    seen = {
+        features.name: joined(answer)
+        for features, answer in zip(networks, zip(*answers, strict=True), strict=True)
+    }
+    seconds = time.perf_counter() - began
+    cost = Cost(clock.rows / asked, seconds, clock.seconds)
+    return Drawn(seen, cost, np.concatenate(held) if keep_pixels else None)
+
+
+def _batch_size(model: Model, how: Sampling, job: Job) -> int:
+    """As many at once as keep a device busy, and no more, so that looking begins early."""
+    if model.device.type == "cpu":
+        return CHUNK
+    return min(_MOST_AT_ONCE, batch_that_fits(model, how, job))
+
+
+_MOST_AT_ONCE = 1024
+
+
+def in_chunks(batches: Iterable[Pixels], size: int) -> Iterator[Pixels]:
+    """The same images in chunks of one size, but the last."""
+    held: list[Pixels] = []
+    count = 0
+    for batch in batches:
+        held.append(batch)
+        count += len(batch)
+        if count >= size:
+            together = np.concatenate(held)
+            whole = count // size * size
+            yield from np.split(together[:whole], whole // size)
+            held, count = [together[whole:]], count - whole
+    if count:
+        yield np.concatenate(held)
+
+
+class Study:
+    """The networks that look, and what they saw of real images; asked for once and remembered.
+
+    `against` names the part that images are held against. A floor comes of images that no network
+    was trained on where there are enough of them, else of two disjoint halves.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        parts: Mapping[str, Real],
+        against: str,
+        networks: Sequence[Features],
+        tell: Callable[[str], None],
+        *,
+        with_accuracy_score: bool = False,
+    ) -> None:
+        self.with_accuracy_score = with_accuracy_score
+        self.networks, self.against = tuple(networks), parts[against]
+        self._root, self._parts, self._tell = root, parts, tell
+        self._references: dict[tuple[str, str], Reference] = {}
+        self._floors: dict[tuple[str, int], dict[str, Floor]] = {}
+
+    def card(self, n: int, samples: Facts) -> Card:
+        """The card of all that is measured of `n` images that `samples` tells of."""
+        networks = {features.name: identity(features) for features in self.networks}
+        measure = {**MEASURE, "accuracy_score": self.with_accuracy_score}
+        return Card(n, samples, self.against.facts, networks, measure, versions())
+
+    @property
+    def usual_n(self) -> int:
+        """Ten thousand images, or as many whole thousands as there are to be held against."""
+        return min(10_000, max(1000, len(self.against) // 1000 * 1000))
+
+    def check(self, n: int) -> None:
+        """Refuse a number of images whose distance says more about n than about the images.
+
+        Raises:
+            ConfigError: saying how many there must be.
+        """
+        for features in self.networks:
+            if features.name == COLOUR:
+                continue
+            one = torch.from_numpy(next(self.against.chunks(1)))
+            least = least_images(features(one).features.shape[1])
+            for what, count in (("images", n), (f"{self.against.what} images", len(self.against))):
+                if count < least:
+                    raise ConfigError(
+                        f"{count:,} {what} are too few to be judged through {features.name}: below "
+                        f"{least:,}, twice the length of its vectors, a covariance is mostly "
+                        "noise; use more, or --allow-small-n"
+                    )
+
+    def classes_of(self, images: Real) -> Tensor | None:
+        """The classes of given images in the numbers that the networks know them by, if all do."""
+        known, names = self.against.packed.class_names, images.packed.class_names
+        if images.labels is None or not {*names} <= {*known}:
+            return None
+        return torch.tensor([known.index(name) for name in names])[images.labels]
+
+    def prepare(self, n: int) -> None:
+        """Look at all real images that figures of n images will need."""
+        for features in self.networks:
+            self.reference(features, self.against)
+            self._floors_at(features, n)
+
+    def figures(
+        self, seen: Mapping[str, Seen], card: Card, classes: Tensor | None = None
+    ) -> list[Figure]:
+        """Every figure of images of these `classes`, as the networks saw them."""
+        found = []
+        for features in self.networks:
+            reference, name = self.reference(features, self.against), features.name
+            sample = Sample(seen[name], classes)
+            many, few = MEASURE["kernel_subsets"], MEASURE["kernel_subsets_of_a_block"]
+            whole = measured(name, sample, reference, many)
+            each = [measured(name, part, reference, few) for part in sample.blocks(BLOCKS)]
+            floors = self._floors_at(features, card.n)
+            for figure, value in whole.items():
+                parts = [values[figure] for values in each if figure in values]
+                mine = card.through(*({name} - {COLOUR})).of(value.n or card.n)
+                found.append(
+                    Figure(
+                        figure,
+                        value.value,
+                        mine,
+                        value.sd,
+                        spread_of([part.value for part in parts], card.n // BLOCKS),
+                        floors.get(figure),
+                    )
+                )
+        return found
+
+    def unseen(self) -> Real:
+        """The largest part that nothing was trained on.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        others = [part for what, part in self._parts.items() if what != "train"]
+        if not others:
+            raise ConfigError("all images were trained on; this needs some that were held out")
+        return max(others, key=len)
+
+    def accuracy_score(self, pixels: Pixels, card: Card, classes: Tensor | None) -> Figure:
+        """How well a classifier that learned from samples alone knows real images.
+
+        Its floor, a ceiling, is that of one that learned from as many real ones.
+
+        Raises:
+            ConfigError: if there are no classes.
+        """
+        test, train = self.unseen(), self._parts["train"]
+        if classes is None or train.labels is None or test.labels is None:
+            raise ConfigError("the classification accuracy score needs classes")
+        several = len(train.packed.class_names)
+        images, labels = test.part.images[test.rows], test.labels.numpy()
+        count = min(card.n, len(train))
+        learned = [
+            (pixels, classes.numpy()),
+            (train.part.images[train.rows[:count]], train.labels[:count].numpy()),
+        ]
+        self._tell(f"training a classifier on {card.n:,} samples, and one on {count:,} real images")
+        score, real = (
+            classification_accuracy_score(x, y, images, labels, several, 0) for x, y in learned
+        )
+        what = f"train images teach, {len(test):,} {test.what} ones test"
+        return Figure("cas", score, card.through(), floor=Floor(real, count, what))
+
+    def reference(self, features: Features, real: Real) -> Reference:
+        """What a network saw of real images: remembered, or kept on the disk, or looked at now."""
+        key = (features.name, real.what)
+        if key not in self._references:
+            self._references[key] = looked_up(self._root, real, features, self._tell)
+        return self._references[key]
+
+    def _floors_at(self, features: Features, n: int) -> dict[str, Floor]:
+        key = (features.name, n)
+        if key not in self._floors:
+            real, against, told = self._apart(n)
+            sample = Sample(self._first(features, real, n), real.labels).rows(slice(n))
+            reference, many = self.reference(features, against), MEASURE["kernel_subsets"]
+            values = measured(features.name, sample, reference, many)
+            self._floors[key] = {
+                name: Floor(value.value, value.n or len(sample), told)
+                for name, value in values.items()
+            }
+        return self._floors[key]
+
+    def _first(self, features: Features, real: Real, n: int) -> Seen:
+        """What a network saw of the first n; counts of colours are not kept, as they are quick."""
+        if features.name == COLOUR:
+            return joined(looked_at(real.chunks(n), features))
+        return self.reference(features, real).seen
+
+    def _apart(self, n: int) -> tuple[Real, Real, str]:
+        """Two disjoint sets of real images, of which the first has n, or as many as can be."""
+        half, what = len(self.against) // 2, self.against.what
+        unseen = [p for name, p in self._parts.items() if p is not self.against and name != "train"]
+        most = max(unseen, key=len, default=None)
+        if most is not None and len(most) >= min(n, half):
+            return (
+                most,
+                self.against,
+                f"{most.what} images against {len(self.against):,} {what} ones",
+            )
+        first = self.against.some(slice(min(n, half)), f"{what}, first {min(n, half)}")
+        rest = self.against.some(slice(min(n, half), None), f"{what}, all but {min(n, half)}")
+        return first, rest, f"{what} images against the other {len(rest):,}"
+
+
+class Proxy:
+    """A cheap stand-in for a distance while training: few images, few steps, always the same noise.
+
+    Its images have numbers that no evaluation reaches, so that choosing the best by it does not
+    choose by the images that are judged later. What it needs is made at the first call.
+    """
+
+    def __init__(self, root: Path, images: Images, tell: Callable[[str], None]) -> None:
+        self._root, self._images, self._tell = root, images, tell
+        self._ready: tuple[Features, Reference] | None = None
+
+    def __call__(self, model: Model, count: int, steps: int) -> dict[str, float]:
+        """The distance of `count` images from those that are trained on, by name."""
+        if self._ready is None:
+            real = real_parts(self._images)["train"]
+            features: Features = classifier_of(self._root, real, model.device, self._tell)
+            reference = looked_up(self._root, real, features, self._tell)
+            self._ready = (features, reference)
+        features, reference = self._ready
+        numbers = tuple(range(_FIRST_PROXY_IMAGE, _FIRST_PROXY_IMAGE + count))
+        how = model.config.sampling
+        how = how.model_copy(update={"steps": min(steps, how.steps)})
+        job = Job(numbers, classes_for(numbers, model.class_names))
+        seen = drawn(model, how, job, [features]).seen[features.name]
+        distance = frechet_distance(moments(seen.features), reference.moments)
+        return {f"proxy/fd_{with_n(features.name, count)}": distance}
+
+
+_FIRST_PROXY_IMAGE = 2**40

@@ -1,0 +1,371 @@
+"""Figures that come with their protocol, from a run or from folders, without a network around."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli import TINY
+from PIL import Image
+
+from rediffuse import evaluate as door
+from rediffuse import gallery, launch, overview, references, runs
+from rediffuse.config.compose import compose
+from rediffuse.errors import ConfigError, DataError, RunError
+from rediffuse.evaluate import Asked, Evaluation
+from rediffuse.evaluation.card import Card
+from rediffuse.evaluation.figures import Figure, Floor, Spread, with_n
+from rediffuse.evaluation.measures import MEASURE
+from rediffuse.gallery import Options
+from rediffuse.judging import in_chunks
+from rediffuse.reading import read_object
+from rediffuse.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("root")
+    assert launch.train(compose([*TINY, "training.images=480"]), root=root) == 0
+    (run,) = runs.list_runs(root)
+    return root, run.id
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody may connect to anything, nor try to."""
+    tried = []
+
+    def refuse(*where: Any) -> None:
+        tried.append(where)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert not tried
+
+
+@pytest.fixture(autouse=True)
+def little_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "CLASSIFIER_IMAGES", 640)
+    monkeypatch.setitem(MEASURE, "kernel_subsets", 3)
+    monkeypatch.setitem(MEASURE, "kernel_subsets_of_a_block", 2)
+
+
+def evaluated(trained: tuple[Path, str], **how: Any) -> Evaluation:
+    """What `rediffuse evaluate` keeps."""
+    root, run = trained
+    asked = Asked(allow_small_n=True, again=how.pop("again", False))
+    options = Options(root, **{"count": 40, "steps": 2, **how})
+    before = set((root / run / "evaluation").glob("*.json"))
+    assert door.evaluate(run, options, asked) == 0
+    files = set((root / run / "evaluation").glob("*.json"))
+    new = (files - before) or files
+    return Evaluation.from_json(read_object(max(new, key=lambda f: f.stat().st_mtime_ns)))
+
+
+CARD = Card(
+    10_000,
+    {"told": "drawn", "sampling": {"solver": {"name": "heun"}, "steps": 18}, "seed": 0},
+    {"told": "train", "fingerprint": "ab", "images": 57_000},
+    {"classifier": {"digest": "cd", "resize": "none"}},
+    {"blocks": 5},
+    {"torch": "2"},
+)
+FIGURE = Figure(
+    "fd_classifier",
+    3.25,
+    CARD,
+    spread=Spread(5, 2000, 4.5, 0.25),
+    floor=Floor(1.5, 10_000, "test against train"),
+)
+
+
+def leaves(facts: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if not isinstance(facts, dict):
+        return [path]
+    return [leaf for key, value in facts.items() for leaf in leaves(value, (*path, key))]
+
+
+def test_a_change_of_any_field_of_a_card_changes_its_digest() -> None:
+    digests = {CARD.digest}
+    paths = leaves(CARD.as_json())
+    for path in paths:
+        told = json.loads(json.dumps(CARD.as_json()))
+        place = told
+        for key in path[:-1]:
+            place = place[key]
+        was = place[path[-1]]
+        place[path[-1]] = was + 1 if isinstance(was, int) else "another"
+        digests.add(Card(**told).digest)
+    assert len(digests) == len(paths) + 1
+
+
+def test_a_card_has_one_digest_whatever_the_order_of_its_keys() -> None:
+    turned = replace(CARD, samples=dict(reversed(CARD.samples.items())))
+    assert turned.digest == CARD.digest
+
+
+def test_a_figure_is_neither_printed_nor_kept_without_its_card() -> None:
+    with pytest.raises(TypeError):
+        Figure("fid", 3.0)  # type: ignore[call-arg]
+    for printed in (str(FIGURE), repr(FIGURE), f"{FIGURE}"):
+        assert "drawn" in printed
+        assert "train" in printed
+    assert CARD.digest in str(FIGURE)
+    told = FIGURE.as_json()
+    assert Card(**{k: v for k, v in told["card"].items() if k != "digest"}) == CARD
+
+
+def test_a_figure_is_read_as_it_was_kept_and_never_with_another_card() -> None:
+    told = json.loads(json.dumps(FIGURE.as_json()))
+    assert Figure.from_json(told) == FIGURE
+    told["card"]["samples"]["seed"] = 1
+    with pytest.raises(ValueError, match="not the one it was made with"):
+        Figure.from_json(told)
+
+
+def test_n_is_in_every_name() -> None:
+    assert [with_n("fid", n) for n in (50_000, 2048, 500)] == ["fid_50k", "fid_2048", "fid_500"]
+
+
+def test_chunks_are_the_same_whatever_the_batches() -> None:
+    images = np.arange(23, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    for sizes in (1, 5, 8, 23):
+        batches = [images[k : k + sizes] for k in range(0, 23, sizes)]
+        chunks = list(in_chunks(batches, 8))
+        assert [len(chunk) for chunk in chunks] == [8, 8, 7]
+        assert np.array_equal(np.concatenate(chunks), images)
+
+
+def test_an_evaluation_tells_the_same_whatever_the_batch_size(trained: tuple[Path, str]) -> None:
+    found = [evaluated(trained, batch_size=size, again=True) for size in (40, 7)]
+    assert found[0].figures == found[1].figures
+    assert found[0].key == found[1].key
+
+
+def test_evaluations_count_what_the_network_was_asked(trained: tuple[Path, str]) -> None:
+    """Heun asks twice at every step but the last; guidance asks about each image twice."""
+    for solver, guidance, asked in (("ddim", "1", 3), ("heun", "2", 2 * 5)):
+        cost = evaluated(trained, solver=solver, steps=3, guidance=guidance).cost
+        assert cost
+        assert cost.evaluations == asked
+
+
+def test_what_was_found_before_is_told_and_not_drawn_again(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluated(trained, seed=3)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(door, "drawn", refuse)
+    assert evaluated(trained, seed=3) == first
+    told = capsys.readouterr().out
+    assert "fd_classifier_40" in told
+    assert first.figures[0].card.digest in told
+    with pytest.raises(AssertionError, match="drawn again"):
+        evaluated(trained, seed=4)
+    with pytest.raises(AssertionError, match="drawn again"):
+        evaluated(trained, seed=3, steps=3)
+
+
+def test_figures_are_metrics_of_the_run_and_shown_with_it(trained: tuple[Path, str]) -> None:
+    root, run = trained
+    found = evaluated(trained, seed=5)
+    rows = [json.loads(line) for line in (root / run / "metrics.jsonl").read_text().splitlines()]
+    name = "evaluation/fd_classifier_40/dpmpp_2m-2-g1-average"
+    assert rows[-1][name] == found.figures[0].value
+    assert rows[-1]["images"] == 480
+    facts = overview.full(runs.find_run(root, run))
+    assert any("fd_classifier_40" in line for line in facts["evaluations"])
+
+
+def test_damaged_references_and_evaluations_are_made_anew(
+    trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = trained
+    first = evaluated(trained, seed=6)
+    for file in (root / "evaluation").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    for file in (root / run / "evaluation").glob("*.json"):
+        file.write_text(file.read_text()[:-9])
+    again = evaluated(trained, seed=6)
+    assert again.figures == first.figures
+    said = capsys.readouterr().err
+    assert "is damaged (its SHA-256 differs); made anew" in said
+    assert "evaluated anew" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "error", "says"),
+    [
+        ({"count": 40}, Asked(), ConfigError, "too few to be judged through classifier"),
+        ({"class_name": "cat"}, Asked(), ConfigError, "class 'cat': there is none"),
+        ({}, Asked(metrics=("fdi",)), ConfigError, "--metric fdi: there is none; did you mean fd"),
+        ({}, Asked(features=("/no/such",)), ConfigError, "/no/such|transformers"),
+        ({}, Asked(against="tset"), ConfigError, "--against tset: there are train"),
+        ({"solver": "hoin"}, Asked(), ConfigError, "there is no solver 'hoin'"),
+        ({"guide_by": "9"}, Asked(), ConfigError, "--guide-by needs --guidance"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_and_leaves_nothing(
+    trained: tuple[Path, str],
+    options: dict[str, Any],
+    asked: Asked,
+    error: type[Exception],
+    says: str,
+) -> None:
+    root, run = trained
+    before = sorted((root / run).rglob("*"))
+    with pytest.raises(error, match=says):
+        door.evaluate(run, Options(root, **options), asked)
+    assert sorted((root / run).rglob("*")) == before
+
+
+def test_without_its_weights_fid_is_refused_with_what_to_do(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run = trained
+    offline = partial(references.find_weights, download=False)
+    monkeypatch.setattr(references, "find_weights", offline)
+    for asked in (Asked(metrics=("fid",)), Asked(features=("inception",))):
+        with pytest.raises(ConfigError, match=r"put it at .*/evaluation/inception/pt_inception"):
+            door.evaluate(run, Options(root), asked)
+
+
+# Given images
+
+
+def squares(folder: Path, count: int, size: int = 8, suffix: str = "png", seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (count, size, size), np.uint8)
+    for k, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(folder / f"{k:03d}.{suffix}")
+    return folder
+
+
+def given(images: object, reference: object, root: Path, size: int | None = None) -> int:
+    asked = Asked(allow_small_n=True)
+    return door.evaluate_given(str(images), str(reference), size, root, asked)
+
+
+def test_equal_folders_are_no_distance_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("a", "b"):
+        for name in ("ones", "twos"):
+            squares(tmp_path / side / name, 30, seed=len(name))
+    assert given(tmp_path / "a", tmp_path / "b", tmp_path / "root") == 0
+    rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert float(rows["fd_classifier_60"]) < 1e-6
+    assert float(rows["grey_distance_60"]) == 0
+    assert float(rows["precision_classifier_60"]) == 1
+
+
+def test_a_sampling_job_is_judged_with_its_classes_and_without_its_grid(
+    trained: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = trained
+    gallery.sample(run, Options(root, count=24, steps=2, output_dir=tmp_path / "job"))
+    (packed,) = (root / "packed").glob("digits-*")
+    assert given(tmp_path / "job", f"{packed}:train", root) == 0
+    told = capsys.readouterr().out
+    assert "agreement_classifier_24" in told
+
+
+def test_jpeg_files_are_named_on_the_card_and_in_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = squares(tmp_path / "a", 24, suffix="jpg"), squares(tmp_path / "b", 24)
+    assert given(a, b, tmp_path / "root") == 0
+    out, err = capsys.readouterr()
+    assert "JPEG files; what compression did to them is in every figure" in err
+    assert "JPEG files among them" in out
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda place: place / "none", "there is no such folder"),
+        (lambda place: squares(place / "empty", 0), "holds no PNG, JPEG or WebP files"),
+        (lambda place: squares(place / "large", 4, size=9), "has 9x9.*--size N brings all to N"),
+        (lambda place: f"{place / 'b'}:test", "only a packed data set has parts"),
+    ],
+)
+def test_given_images_that_cannot_be_compared_are_refused(
+    tmp_path: Path, make: Callable[[Path], object], says: str
+) -> None:
+    b = squares(tmp_path / "b", 24)
+    with pytest.raises(DataError, match=says):
+        given(make(tmp_path), b, tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    a, b = squares(tmp_path / "a", 24), squares(tmp_path / "b", 24)
+    (a / "003.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"a/003\.png cannot be read"):
+        given(a, b, tmp_path / "root")
+
+
+def test_images_of_another_size_are_compared_where_a_size_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = squares(tmp_path / "a", 24, size=16), squares(tmp_path / "b", 24)
+    assert given(a, b, tmp_path / "root", size=8) == 0
+    assert "grey_distance_24" in capsys.readouterr().out
+
+
+def test_a_run_whose_images_have_changed_is_not_judged_by_others(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door.drift, "began", lambda run: {"data": {"fingerprint": "other"}})
+    with pytest.raises(RunError, match="not those that run"):
+        evaluated(trained)
+
+
+def test_what_is_kept_depends_on_all_of_its_facts(tmp_path: Path) -> None:
+    def keep(facts: dict[str, Any], value: float) -> float:
+        made = {"x": torch.tensor([value])}
+        found = references.kept_or_made(tmp_path / "file", facts, lambda: made, lambda line: None)
+        return float(found["x"])
+
+    assert keep({"a": 1}, 1.0) == 1.0
+    assert keep({"a": 1}, 2.0) == 1.0
+    assert keep({"a": 2}, 3.0) == 3.0
+
+
+def test_a_proxy_changes_no_weight_and_can_choose_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*TINY, "training.images=192", "training.checkpoint_every_images=48"]
+    proxy = [
+        "training.proxy_every_images=96",
+        "training.proxy_images=24",
+        "training.proxy_steps=2",
+        "training.best_metric=proxy/fd_classifier_24",
+    ]
+    found = []
+    for name, more in (("without", []), ("with", proxy)):
+        place = tmp_path / name
+        assert launch.train(compose([*words, *more]), root=place) == 0
+        (run,) = runs.list_runs(place)
+        (weights,) = run.checkpoints.glob("step-00000004/average.safetensors")
+        found.append(weights.read_bytes())
+    assert found[0] == found[1]
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    measured = {r["images"]: r["proxy/fd_classifier_24"] for r in rows if "proxy" in str(r)}
+    assert sorted(measured) == [96, 192]
+    best = checkpoint.best(run.checkpoints, "proxy/fd_classifier_24")
+    assert best
+    assert checkpoint.facts(best)["metrics"]["proxy/fd_classifier_24"] == min(measured.values())
