@@ -21,15 +21,17 @@ from rediffuse import compare, launch, plots
 from rediffuse.api import load, sample
 from rediffuse.cli import rediffuse as cli
 from rediffuse.config.compose import compose
+from rediffuse.config.schema import Config, Part
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.gallery import Options, wanted
 from rediffuse.pictures import film
 from rediffuse.plots import Curve
 from rediffuse.randomness import ImageNoise
-from rediffuse.report import images
+from rediffuse.report import curves, images
 from rediffuse.report.evaluations import evaluations
 from rediffuse.report.run import Asked, report
 from rediffuse.runs import list_runs
+from rediffuse.schedules import learned
 
 EVIL = """<script>alert(1)</script>"'<img src=http://x.example/ onerror=alert(1)>{{7*7}}"""
 OFTEN = ("log", "preview", "checkpoint", "validate")
@@ -249,6 +251,33 @@ def test_a_trajectory_is_that_of_sample_from_the_same_noise(trained, solver, eva
     assert all(moment.x_0.shape == (3, 1, 8, 8) for moment in drawn.moments)
 
 
+def test_where_each_image_has_its_own_time_moments_are_counted_in_steps(trained):
+    model = load(trained[1], root=trained[0])
+    how = wanted(model.config.sampling, Options(solver="adaptive"))
+    drawn = images.follow(model, how, (0, 1), seed=0)
+    assert np.array_equal(drawn.images, sample(model, 2, solver="adaptive"))
+    assert {moment.t for moment in drawn.moments} == {None}
+    assert [moment.step for moment in drawn.moments][:2] == [0, 1]
+    section = images.trajectories(replace(model, config=adaptive(model.config)), seed=0)
+    assert [picture.name for picture in section.pictures] == ["trajectory", "trajectory-film"]
+
+
+def adaptive(config: Config) -> Config:
+    sampling = config.sampling.model_copy(update={"solver": Part(name="adaptive")})
+    return config.model_copy(update={"sampling": sampling})
+
+
+def test_a_schedule_that_learns_is_followed_and_drawn_as_well(trained):
+    model = load(trained[1], root=trained[0])
+    clock = learned.learned()
+    model = replace(model, denoiser=replace(model.denoiser, schedule=clock))
+    how = wanted(model.config.sampling, Options(solver="ddim", steps=2))
+    assert len(images.follow(model, how, (0,), seed=0).moments) == 2
+    config = model.config.model_copy(update={"times": Part(name="uniform")})
+    section = curves.schedule(config, clock, ())
+    assert section.notes[0].startswith("This schedule learns")
+
+
 def test_moments_are_few_and_even_however_many_steps_there_are(trained):
     model = load(trained[1], root=trained[0])
     how = wanted(model.config.sampling, Options(solver="ddim", steps=100))
@@ -330,6 +359,7 @@ def test_a_figure_fits_a_laptop_with_letters_of_9_points_and_is_the_same_every_t
     assert made[0].get_figwidth() * 96 <= 1242  # pixels, of 1366 with a page's margins
     letters = [text for text in made[0].findobj(Text) if text.get_text() and text.get_visible()]
     assert letters
+    assert not [text for text in letters if re.search(r"\$.*\{", text.get_text())]
     assert min(text.get_fontsize() for text in letters) >= 9
 
 

@@ -110,7 +110,7 @@ def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...
     if job.batch_size is None:
         job = replace(job, batch_size=batch_that_fits(model, how, job))
     for batch in _batches(job):
-        x = _last(states(model, how, _padded(batch)))
+        x = _last(states(model, how, padded(batch)))
         pixels = to_uint8(x[: len(batch.images)], data.mean, data.std)
         yield batch.images, pixels.cpu().numpy()
 
@@ -326,7 +326,7 @@ def _batches(job: Job) -> Iterator[Job]:
         yield replace(job, images=job.images[part], classes=classes)
 
 
-def _padded(job: Job, to: int = 8) -> Job:
+def padded(job: Job, to: int = 8) -> Job:
     """Repeat the last image until the batch is a multiple of 8.
 
     Kernels add up in another order for other batch sizes; for multiples of 8 a CPU's agree to the

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter
 
 from rediffuse.pictures import Pixels, enlarged
 
@@ -175,7 +175,7 @@ def scales(t: Numbers, alpha: Numbers, sigma: Numbers, stops: Numbers) -> Figure
     axes.plot(t, alpha, label="α, image")
     axes.plot(t, sigma, label="σ, noise")
     if sigma.max() > 20 * alpha.max():
-        axes.set_yscale("log")
+        _by_powers(axes)
     _mark(axes, stops)
     axes.legend()
     return figure
@@ -277,7 +277,7 @@ def _finished(
     values = np.concatenate([curve.values for curve in curves])
     known = values[np.isfinite(values)]
     if len(known) and known.min() > 0 and known.max() > 10 * known.min():
-        axes.set_yscale("log")
+        _by_powers(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(curves) > 1:
         figure.legend(loc="outside right upper", title=title)
@@ -287,6 +287,12 @@ def _finished(
 def _points(curve: Curve) -> dict[str, Any]:
     """A line of one or two points cannot be seen without them."""
     return {"marker": "o", "markersize": 4} if len(curve.images) < 3 else {}
+
+
+def _by_powers(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # the default one writes formulas
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _mark(axes: Axes, stops: Numbers) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from rediffuse import plots
 from rediffuse.config.schema import Config, Sampling
 from rediffuse.data.decoding import read
 from rediffuse.data.pixels import to_uint8
-from rediffuse.drawing import Job, classes_for, states, watched
+from rediffuse.drawing import Job, classes_for, padded, states, watched
 from rediffuse.errors import ConfigError, DataError, RediffuseError
 from rediffuse.gallery import Options, wanted
 from rediffuse.legality import check_sampling
@@ -139,9 +140,13 @@ def _padded(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class Moment(NamedTuple):
-    """What the solver was at and what it was told: x_t and x_0 as pixels, at t."""
+    """What the solver was at and what it was told: x_t and x_0 as pixels.
 
-    t: float
+    `t` is None where each image has its own, as with `adaptive`.
+    """
+
+    step: int
+    t: float | None
     x_t: Pixels
     x_0: Pixels
 
@@ -163,6 +168,7 @@ def trajectories(model: Model, seed: int) -> Section:
         return Section(title, notes=[f"Not drawn: {refused}."])
     moments = drawn.moments
     few = [moments[k] for k in _spread(len(moments), 11)]
+    clocked = all(moment.t is not None for moment in few)
     count = 3
     rows = [
         np.stack([getattr(moment, what)[k] for moment in few] + [drawn.images[k]])
@@ -175,8 +181,8 @@ def trajectories(model: Model, seed: int) -> Section:
             plots.table,
             rows,
             ["x_t", "x̂_0"] * count,
-            [f"{moment.t:.4g}" for moment in few] + ["done"],
-            "t",
+            [f"{moment.t:.4g}" if clocked else f"{moment.step:,}" for moment in few] + ["done"],
+            "t" if clocked else "step; each image has its own t",
         ),
         "Trajectories",
         "Above, x_t / √(α² + σ²); below it x̂_0, the image that the model sees in it. "
@@ -241,30 +247,30 @@ def follow(model: Model, how: Sampling, numbers: tuple[int, ...], seed: int) -> 
     data, schedule = model.config.data, model.denoiser.schedule
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     evaluations, stride, moments = 0, 1, []
-    padded = numbers + numbers[-1:] * (-len(numbers) % 8)  # as `draw` does: the same bits
     way = watched(lambda *call: calls.append(call))
-    job = Job(padded, classes_for(padded, model.class_names), seed, way=way)
-    for step, state in enumerate(states(model, how, job)):
+    job = Job(numbers, classes_for(numbers, model.class_names), seed, way=way)
+    for step, state in enumerate(states(model, how, padded(job))):
         x = state
         evaluations += len(calls)
         if calls and step % stride == 0:
-            moments.append(_moment(schedule, *calls[0], data.mean, data.std))
+            moments.append(_moment(step, schedule, *calls[0], data.mean, data.std))
         if len(moments) > 2 * _MOST_FRAMES:
             moments, stride = moments[::2], 2 * stride
         calls.clear()
     images = to_uint8(x[: len(numbers)], data.mean, data.std).cpu().numpy()
     count = len(numbers)
-    cut = [Moment(t, x_t[:count], x_0[:count]) for t, x_t, x_0 in moments]
+    cut = [of._replace(x_t=of.x_t[:count], x_0=of.x_0[:count]) for of in moments]
     return Drawn(images, cut, evaluations)
 
 
+@torch.inference_mode()
 def _moment(
-    schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor, *levels: float | list[float]
+    step: int, schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor, *levels: float | list[float]
 ) -> Moment:
     at = schedule(t)
     size = (at.alpha**2 + at.sigma**2).rsqrt()
     pixels = [to_uint8(x, *levels).cpu().numpy() for x in (x_t * expand(size, x_t), x_0)]
-    return Moment(float(t), *pixels)
+    return Moment(step, t.item() if t.ndim == 0 else None, *pixels)
 
 
 def _square(images: Pixels, margin: int = 8) -> Frame:
