@@ -16,7 +16,7 @@ from rediffuse import duplicates as door
 from rediffuse.config.compose import compose
 from rediffuse.errors import DataError
 from rediffuse.evaluation import duplicates
-from rediffuse.evaluation.duplicates import find
+from rediffuse.evaluation.duplicates import SHIFT, find
 from rediffuse.randomness import Stream, normal
 
 Array = np.ndarray
@@ -54,6 +54,13 @@ WAYS = {
     "mirrored": lambda image: image.flip(-1),
     "mirrored jpeg": lambda image: jpeg(image.flip(-1)),
 }
+
+
+def test_what_brightness_cuts_off_does_not_hide_a_copy() -> None:
+    wave = 160 + 40 * torch.sin(torch.arange(32) / 6)
+    image = wave.round().byte().expand(1, 32, 32).clone()
+    image[:, :16] = 255  # as bright as can be before and after
+    assert len(find(torch.stack((image, brighter(image, SHIFT)))).groups) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -75,6 +75,14 @@ def test_pairs_within_are_brute_forces(digits: Tensor) -> None:
     }
 
 
+def test_how_far_apart_images_lie_does_not_count() -> None:
+    images, training = gaussian(30, 4), gaussian(80, 4, seed=1)
+    near, plain = nearness(images, training), nearness(images / 64, training / 64)
+    torch.testing.assert_close(near.ratio, plain.ratio)
+    torch.testing.assert_close(near.second, plain.second)
+    torch.testing.assert_close(near.distance, 64 * plain.distance)
+
+
 def test_too_many_neighbours_or_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="5 nearest of 4"):
         nearest(torch.zeros(3, 2), torch.zeros(4, 2), 5)
