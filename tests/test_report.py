@@ -158,6 +158,13 @@ def test_no_word_of_a_run_becomes_markup(spoilt: Path) -> None:
     assert page.words.count(EVIL) > 8
 
 
+def test_the_picture_of_a_sweep_is_shown(spoilt: Path) -> None:
+    (spoilt / "evaluation/sweep-0123").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(spoilt / "evaluation/sweep-0123/sweep.png")
+    assert report(spoilt.name, Asked(spoilt.parent, draws=False)) == 0
+    assert "sweep-0123/sweep.png" in Page(spoilt / "report.html").words
+
+
 @pytest.mark.parametrize(
     ("draws", "why"),
     [(True, "There is no checkpoint yet to draw with."), (False, "as asked (--no-images)")],

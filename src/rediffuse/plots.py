@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import EngFormatter, LogFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from rediffuse.pictures import Pixels, enlarged
 
@@ -276,7 +276,7 @@ def _finished(
     """Count images in k and M, choose the scale, and name the curves if there are several."""
     values = np.concatenate([curve.values for curve in curves])
     known = values[np.isfinite(values)]
-    if len(known) and known.min() > 0 and known.max() > 10 * known.min():
+    if len(known) and known.min() > 0 and known.max() > 30 * known.min():
         _by_powers(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(curves) > 1:
@@ -291,8 +291,8 @@ def _points(curve: Curve) -> dict[str, Any]:
 
 def _by_powers(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())  # the default one writes formulas
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default writes formulas
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark(axes: Axes, stops: Numbers) -> None:

@@ -44,7 +44,9 @@ def schedule(config: Config, clock: Schedule, trusted: Sequence[str] | None) -> 
     """The scales, their ratio, and where training looks, with the stops of the run's grid."""
     how = config.sampling
     t = torch.linspace(clock.t_min, clock.t_max, 400, dtype=torch.float64)
-    t = torch.unique(clock.snap(t))
+    at_t = clock(t).half_log_snr
+    known = at_t[at_t.isfinite()]
+    t = torch.unique(torch.cat((clock.snap(t), _times(clock, known.min(), known.max()))))
     stops = build.grid(how.grid, trusted)(clock, how.steps)
     at, at_stops = clock(t), clock(stops)
     grid = f"{how.grid.name}, {how.steps} steps"
@@ -85,19 +87,24 @@ def _weights(config: Config, clock: Schedule, trusted: Sequence[str] | None) -> 
     often = _array(clock(drawn(clock, u)).half_log_snr)
     often = often[np.isfinite(often)]
     low, high = np.quantile(often, (0.001, 0.999))
-    t = torch.unique(clock.snap(torch.linspace(clock.t_min, clock.t_max, 4000).double()))
+    t = _times(clock, *torch.tensor([low, high], dtype=torch.float64))
     values = _array(clock(t).half_log_snr)
-    shown = (values >= low) & (values <= high)
     weight = _array(weighting(clock, t, build.bind("target", config.target, "target", trusted)))
     density, edges = np.histogram(often, bins=50, range=(low, high))
-    at = np.interp(values[shown], (edges[1:] + edges[:-1]) / 2, density.astype(np.float64))
+    at = np.interp(values, (edges[1:] + edges[:-1]) / 2, density.astype(np.float64))
     return figure(
         "weighting",
-        partial(plots.weights, values[shown], weight[shown], at),
+        partial(plots.weights, values, weight, at),
         "What training looks at",
         f"weighting={config.weighting.name} on the error of target={config.target.name}; "
         f"times={config.times.name}.",
     )
+
+
+def _times(clock: Schedule, low: Tensor, high: Tensor, count: int = 400) -> Tensor:
+    """Times that are even in ln(α/σ), as far as the clock has them."""
+    even = torch.lerp(low, high, torch.linspace(0, 1, count, dtype=torch.float64))
+    return torch.unique(clock.snap(clock.time(even).clamp(clock.t_min, clock.t_max))).detach()
 
 
 def _by_noise(sides: Sequence[tuple[str, Sequence[Row]]]) -> Picture | None:

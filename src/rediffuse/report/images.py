@@ -280,15 +280,19 @@ def _square(images: Pixels, margin: int = 8) -> Frame:
 
 
 def pictures_in(folder: Path, most: int = 20) -> tuple[list[Picture], list[str]]:
-    """The PNG files of a folder, decoded and written anew, and what is wrong with the others."""
+    """The PNG files of a folder and of those in it, and what is wrong with the others.
+
+    They are decoded and written anew.
+    """
     found: list[Picture] = []
     notes = []
-    files = [file for file in sorted(folder.glob("*.png")) if file.name[0] != "."]
-    for file in files[:most]:
+    files = [file for at in ("*.png", "*/*.png") for file in sorted(folder.glob(at))]
+    for file in [file for file in files if file.name[0] != "."][:most]:
+        name = str(file.relative_to(folder))
         try:
             content = png(picture_of(file))
         except DataError as refused:
-            notes.append(f"{file.name} is left out: {refused}.")
+            notes.append(f"{name} is left out: {refused}.")
         else:
-            found.append(Picture(f"evaluation-{len(found)}", "png", file.name, "", content))
+            found.append(Picture(f"evaluation-{len(found)}", "png", name, "", content))
     return found, notes
