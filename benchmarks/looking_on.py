@@ -37,6 +37,7 @@ def main() -> None:
     piece = [
         *("training.epochs=null", f"training.images={asked.images}"),
         f"training.preview_every_images={asked.images // asked.previews}",
+        f"training.log_every_images={asked.images // 4}",
     ]
     steps = watch(loop, "train_step", time.perf_counter)
     previews = watch(Session, "preview", time.perf_counter)
