@@ -23,7 +23,7 @@ from rediffuse.evaluation.card import Card
 from rediffuse.evaluation.figures import Figure, Floor, Spread, with_n
 from rediffuse.evaluation.measures import MEASURE
 from rediffuse.gallery import Options
-from rediffuse.judging import in_chunks
+from rediffuse.judging import in_chunks, rows_of_classes
 from rediffuse.reading import read_object
 from rediffuse.training import checkpoint
 
@@ -144,10 +144,25 @@ def test_chunks_are_the_same_whatever_the_batches() -> None:
         assert np.array_equal(np.concatenate(chunks), images)
 
 
+def test_a_floor_takes_the_first_real_images_with_as_many_of_each_class() -> None:
+    labels, classes = torch.tensor([0, 0, 1, 2, 1, 2, 0, 1, 2, 2]), torch.tensor([2, 1, 2, 0])
+    rows = rows_of_classes(labels, classes)
+    assert rows is not None
+    assert rows.tolist() == [0, 2, 3, 5]
+    assert rows_of_classes(labels, torch.tensor([0, 0, 0, 0])) is None  # there are but three
+    assert rows_of_classes(None, classes) is rows_of_classes(labels, None) is None
+
+
 def test_an_evaluation_tells_the_same_whatever_the_batch_size(trained: tuple[Path, str]) -> None:
     found = [evaluated(trained, batch_size=size, again=True) for size in (40, 7)]
     assert found[0].figures == found[1].figures
     assert found[0].key == found[1].key
+
+
+def test_floors_are_of_the_classes_that_are_drawn(trained: tuple[Path, str]) -> None:
+    found = evaluated(trained, count=40)
+    told = {figure.floor.what for figure in found.figures if figure.floor}
+    assert told == {"held-out images against 216 train ones, as many of each class"}
 
 
 def test_evaluations_count_what_the_network_was_asked(trained: tuple[Path, str]) -> None:

@@ -115,6 +115,14 @@ def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...
         yield batch.images, pixels.cpu().numpy()
 
 
+def share(job: Job, rank: int, ranks: int, together: int = 8) -> Job:
+    """One of several processes' part of a job: whole groups of images, in order; maybe none."""
+    groups = -(-len(job.images) // together)
+    start, end = (groups * r // ranks * together for r in (rank, rank + 1))
+    classes = job.classes and job.classes[start:end]
+    return replace(job, images=job.images[start:end], classes=classes)
+
+
 def states(model: Model, how: Sampling, job: Job) -> Iterator[Tensor]:
     """Yield every state of one batch of images, from noise to data, in the model's range."""
     data, schedule = model.config.data, model.denoiser.schedule

@@ -42,7 +42,7 @@ from rediffuse.tracking.console import Console
 from rediffuse.tracking.journal import replay
 from rediffuse.tracking.jsonl import append_metrics, read_metrics, write_atomically
 from rediffuse.training import checkpoint
-from rediffuse.training.devices import choose
+from rediffuse.training.devices import Devices, choose
 from rediffuse.words import did_you_mean, tell
 
 
@@ -116,21 +116,24 @@ def evaluate(word: str, options: Options, asked: Asked) -> int:
         RediffuseError: if the run, its images or what is asked for cannot be used.
     """
     check_metrics(asked)
-    run = find(word, options.root)
-    model = opened(run, options)
-    how = way(model, options)
-    wanted_job(model, options)  # refused before anything is looked at
-    study = study_of(run, model, asked)
-    count = options.count or (None if options.seeds else study.usual_n)
-    job = wanted_job(model, replace(options, count=count))
-    if not asked.allow_small_n:
-        study.check(len(job.images))
-    found = judged(run, model, how, job, study, again=asked.again)
-    both = [found]
-    if asked.likelihood:
-        both.append(likelihood(run, model, study, asked.likelihood, again=asked.again))
-    show(both, asked)
-    record(run, model.config, both)
+    devices = choose(options.device)
+    with devices.main_talks():
+        run = find(word, options.root)
+        model = opened(run, options)
+        how = way(model, options)
+        wanted_job(model, options)  # refused before anything is looked at
+        study = study_of(run, model, asked)
+        count = options.count or (None if options.seeds else study.usual_n)
+        job = wanted_job(model, replace(options, count=count))
+        if not asked.allow_small_n:
+            study.check(len(job.images))
+        found = [judged(run, model, how, job, study, devices, again=asked.again)]
+        if not devices.is_main:
+            return 0
+        if asked.likelihood:
+            found.append(likelihood(run, model, study, asked.likelihood, again=asked.again))
+        show(found, asked)
+        record(run, model.config, found)
     return 0
 
 
@@ -237,7 +240,14 @@ def study_of(run: Run, model: Model, asked: Asked) -> Study:
 
 
 def judged(
-    run: Run, model: Model, how: Sampling, job: Job, study: Study, *, again: bool = False
+    run: Run,
+    model: Model,
+    how: Sampling,
+    job: Job,
+    study: Study,
+    devices: Devices,
+    *,
+    again: bool = False,
 ) -> Evaluation:
     """Read what was found before, or draw the images, judge them and keep what was found."""
     assert model.origin
@@ -248,20 +258,21 @@ def judged(
     file = folder(run) / f"{name}-{card.digest[:12]}.json"
     if not again and (found := kept(file, card.digest)):
         return found
-    study.prepare(count)
+    classes = None if job.classes is None else torch.tensor(job.classes)
+    study.prepare(count, classes)
     bar = Console(count, 0)
     progress = partial(bar.metrics, {})
     score = study.with_accuracy_score
-    done = drawn(model, how, job, study.networks, progress, keep_pixels=score)
+    done = drawn(model, how, job, study.networks, progress, keep_pixels=score, devices=devices)
     bar.close()
     scale = how.guidance.arguments.get("scale", 1)
-    classes = None if job.classes is None else torch.tensor(job.classes)
     figures = tuple(study.figures(done.seen, card, classes))
     if done.pixels is not None:
         figures += (study.accuracy_score(done.pixels, card, classes),)
     facts = _facts(run, model, f"{how.solver.name}-{how.steps}-g{scale:g}", began)
     found = Evaluation(card.digest, figures, done.cost, facts)
-    keep(file, found)
+    if devices.is_main:
+        keep(file, found)
     return found
 
 

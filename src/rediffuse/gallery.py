@@ -31,6 +31,7 @@ from rediffuse.drawing import (
     draw,
     painted,
     rebuilt,
+    share,
     states,
     varied,
 )
@@ -39,6 +40,8 @@ from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
 from rediffuse.reading import read_object
+from rediffuse.runs import Run
+from rediffuse.training.devices import Devices, choose
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,12 @@ def sample(word: str, options: Options) -> int:
     Raises:
         RediffuseError: if the run, its checkpoint or what is asked for cannot be used.
     """
-    run = find(word, options.root)
+    devices = choose(options.device)
+    with devices.main_talks():
+        return _sample(find(word, options.root), options, devices)
+
+
+def _sample(run: Run, options: Options, devices: Devices) -> int:
     model = load(
         run.directory,
         weights=options.weights,
@@ -109,15 +117,20 @@ def sample(word: str, options: Options) -> int:
         "device": str(model.device),
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
-    _open_folder(folder, facts)
+    if devices.is_main:
+        _open_folder(folder, facts)
+    devices.agree("open")
     drawn = []
-    with tqdm(total=len(job.images), unit="img", disable=not sys.stderr.isatty()) as bar:
-        for numbers, pixels in draw(model, how, job):
+    mine = share(job, devices.rank, devices.ranks)
+    with tqdm(total=len(mine.images), unit="img", disable=not sys.stderr.isatty()) as bar:
+        for numbers, pixels in draw(model, how, mine):
             for j, image in zip(numbers, pixels, strict=True):
                 save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
             drawn.append(pixels)
             bar.update(len(numbers))
-    pixels = np.concatenate(drawn)
+    pixels = np.concatenate([some for each in devices.everyones(drawn) for some in each])
+    if not devices.is_main:
+        return 0
     by_class = model.class_names if job.way is None and options.class_name is None else ()
     picture = save_png(grid(pixels, columns_for(len(pixels), by_class)), folder / "grid.png")
     if options.reconstruct:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from rediffuse.config.schema import Sampling
 from rediffuse.data.ahead import ahead
-from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
+from rediffuse.drawing import Job, batch_that_fits, classes_for, draw, share
 from rediffuse.errors import ConfigError
 from rediffuse.evaluation.card import Card, Facts
 from rediffuse.evaluation.classifier import classification_accuracy_score
@@ -38,6 +39,7 @@ from rediffuse.images import Images
 from rediffuse.models import Model
 from rediffuse.references import (
     CHUNK,
+    KEPT,
     Pixels,
     Real,
     classifier_of,
@@ -48,6 +50,7 @@ from rediffuse.references import (
     real_parts,
     versions,
 )
+from rediffuse.training.devices import Devices
 
 
 class Clock(nn.Module):
@@ -76,7 +79,8 @@ def _now(device: torch.device) -> float:
 class Cost(NamedTuple):
     """What drawing took: passes of the network per image, and seconds in all and in the network.
 
-    A guided step asks about every image twice, and counts as two evaluations.
+    A guided step asks about every image twice, and counts as two evaluations. Of several processes
+    the seconds in the network are those of the one that has most.
     """
 
     evaluations: float
@@ -101,11 +105,15 @@ def drawn(
     done: Callable[[int], object] = lambda count: None,
     *,
     keep_pixels: bool = False,
+    devices: Devices | None = None,
 ) -> Drawn:
     """Draw a job's images, and look at them through each network meanwhile.
 
-    `done` is told how many images there are so far.
+    `done` is told how many images there are so far. `devices` share the work; each of them gets
+    the whole answer.
     """
+    here = devices or Devices(model.device)
+    job = share(job, here.rank, here.ranks, CHUNK)
     if job.batch_size is None:
         job = replace(job, batch_size=_batch_size(model, how, job))
     clock = Clock(model.denoiser.network)
@@ -118,7 +126,7 @@ def drawn(
         count = 0
         for images, pixels in draw(timed, how, job):
             asked += -(-len(images) // 8) * 8  # a batch is padded
-            done(count := count + len(images))
+            done((count := count + len(images)) * here.ranks)
             if keep_pixels:
                 held.append(pixels)
             yield pixels
@@ -129,13 +137,29 @@ def drawn(
 
     with ThreadPoolExecutor(1, "features") as pool:
         answers = list(ahead(pool, look, in_chunks(batches(), CHUNK), 2))
+    everyones = here.everyones(_Share(answers, held, clock.rows, asked, clock.seconds))
+    answers = [answer for one in everyones for answer in one.answers]
     seen = {
         features.name: joined(answer)
         for features, answer in zip(networks, zip(*answers, strict=True), strict=True)
     }
-    seconds = time.perf_counter() - began
-    cost = Cost(clock.rows / asked, seconds, clock.seconds)
+    cost = Cost(
+        sum(one.rows for one in everyones) / sum(one.asked for one in everyones),
+        time.perf_counter() - began,
+        max(one.seconds for one in everyones),
+    )
+    held = [pixels for one in everyones for pixels in one.held]
     return Drawn(seen, cost, np.concatenate(held) if keep_pixels else None)
+
+
+class _Share(NamedTuple):
+    """What one process has drawn and seen, chunk by chunk, and what that took."""
+
+    answers: list[list[Seen]]
+    held: list[Pixels]
+    rows: int
+    asked: int
+    seconds: float
 
 
 def _batch_size(model: Model, how: Sampling, job: Job) -> int:
@@ -168,7 +192,9 @@ class Study:
     """The networks that look, and what they saw of real images; asked for once and remembered.
 
     `against` names the part that images are held against. A floor comes of images that no network
-    was trained on where there are enough of them, else of two disjoint halves.
+    was trained on where there are enough of them, else of two disjoint halves; of each class it has
+    as many as the images that it stands beside, since a distance is lower for classes in turn than
+    for random ones.
     """
 
     def __init__(
@@ -185,7 +211,7 @@ class Study:
         self.networks, self.against = tuple(networks), parts[against]
         self._root, self._parts, self._tell = root, parts, tell
         self._references: dict[tuple[str, str], Reference] = {}
-        self._floors: dict[tuple[str, int], dict[str, Floor]] = {}
+        self._floors: dict[tuple[str, int, tuple[int, ...]], dict[str, Floor]] = {}
 
     def card(self, n: int, samples: Facts) -> Card:
         """The card of all that is measured of `n` images that `samples` tells of."""
@@ -224,11 +250,11 @@ class Study:
             return None
         return torch.tensor([known.index(name) for name in names])[images.labels]
 
-    def prepare(self, n: int) -> None:
-        """Look at all real images that figures of n images will need."""
+    def prepare(self, n: int, classes: Tensor | None) -> None:
+        """Look at all real images that figures of n images of these classes will need."""
         for features in self.networks:
             self.reference(features, self.against)
-            self._floors_at(features, n)
+            self._floors_at(features, n, classes)
 
     def figures(
         self, seen: Mapping[str, Seen], card: Card, classes: Tensor | None = None
@@ -241,7 +267,7 @@ class Study:
             many, few = MEASURE["kernel_subsets"], MEASURE["kernel_subsets_of_a_block"]
             whole = measured(name, sample, reference, many)
             each = [measured(name, part, reference, few) for part in sample.blocks(BLOCKS)]
-            floors = self._floors_at(features, card.n)
+            floors = self._floors_at(features, card.n, classes)
             for figure, value in whole.items():
                 parts = [values[figure] for values in each if figure in values]
                 mine = card.through(*({name} - {COLOUR})).of(value.n or card.n)
@@ -300,11 +326,15 @@ class Study:
             self._references[key] = looked_up(self._root, real, features, self._tell)
         return self._references[key]
 
-    def _floors_at(self, features: Features, n: int) -> dict[str, Floor]:
-        key = (features.name, n)
+    def _floors_at(self, features: Features, n: int, classes: Tensor | None) -> dict[str, Floor]:
+        key = (features.name, n, () if classes is None else tuple(classes.bincount().tolist()))
         if key not in self._floors:
             real, against, told = self._apart(n)
-            sample = Sample(self._first(features, real, n), real.labels).rows(slice(n))
+            alike = rows_of_classes(real.labels, classes)
+            chosen = torch.arange(min(n, len(real))) if alike is None else alike
+            if alike is not None:
+                told = f"{told}, as many of each class"
+            sample = self._of_real(features, real, chosen)
             reference, many = self.reference(features, against), MEASURE["kernel_subsets"]
             values = measured(features.name, sample, reference, many)
             self._floors[key] = {
@@ -313,11 +343,12 @@ class Study:
             }
         return self._floors[key]
 
-    def _first(self, features: Features, real: Real, n: int) -> Seen:
-        """What a network saw of the first n; counts of colours are not kept, as they are quick."""
+    def _of_real(self, features: Features, real: Real, rows: Tensor) -> Sample:
+        """What a network saw of some; counts of colours are not kept, as they are quick."""
         if features.name == COLOUR:
-            return joined(looked_at(real.chunks(n), features))
-        return self.reference(features, real).seen
+            some = real.some(rows.numpy(), real.what)
+            return Sample(joined(looked_at(some.chunks(), features)), some.labels)
+        return Sample(self.reference(features, real).seen, real.labels).rows(rows)
 
     def _apart(self, n: int) -> tuple[Real, Real, str]:
         """Two disjoint sets of real images, of which the first has n, or as many as can be."""
@@ -333,6 +364,20 @@ class Study:
         first = self.against.some(slice(min(n, half)), f"{what}, first {min(n, half)}")
         rest = self.against.some(slice(min(n, half), None), f"{what}, all but {min(n, half)}")
         return first, rest, f"{what} images against the other {len(rest):,}"
+
+
+def rows_of_classes(
+    labels: Int64[Tensor, " images"] | None, classes: Int64[Tensor, " n"] | None
+) -> Int64[Tensor, " n"] | None:
+    """The first rows with as many of each class as `classes` has; None if there are too few."""
+    if labels is None or classes is None:
+        return None
+    found = [
+        (labels[:KEPT] == number).nonzero().flatten()[:count]
+        for number, count in enumerate(classes.bincount())
+    ]
+    rows = torch.cat(found)
+    return rows.sort().values if len(rows) == len(classes) else None
 
 
 class Proxy:

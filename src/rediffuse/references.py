@@ -95,7 +95,7 @@ class Real:
         for start in range(0, len(rows), CHUNK):
             yield self.part.images[rows[start : start + CHUNK]]
 
-    def some(self, rows: slice, what: str) -> "Real":
+    def some(self, rows: slice | Int64[np.ndarray, " some"], what: str) -> "Real":
         """Some of them, under a name of their own."""
         return Real(what, self.packed, self.part, self.rows[rows], self.read_from)
 

@@ -42,6 +42,7 @@ from rediffuse.models import Model, find
 from rediffuse.runs import Run
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.training.devices import Devices, choose
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,14 @@ def sweep(word: str, options: Options, axes: Axes, asked: Asked) -> int:
         RediffuseError: if the run, its images or a combination cannot be used; before one is drawn.
     """
     check_metrics(asked)
-    run, each = find(word, options.root), axes.combinations(options)
+    devices, each = choose(options.device), axes.combinations(options)
+    with devices.main_talks():
+        return _sweep(find(word, options.root), options, each, asked, devices)
+
+
+def _sweep(
+    run: Run, options: Options, each: Sequence[Options], asked: Asked, devices: Devices
+) -> int:
     models = {how.weights: opened(run, how) for how in {how.weights: how for how in each}.values()}
     for how in each:  # refused before anything is looked at
         _cell(models[how.weights], how)
@@ -141,7 +149,9 @@ def sweep(word: str, options: Options, axes: Axes, asked: Asked) -> int:
     cells = [_cell(models[how.weights], replace(how, count=count)) for how in each]
     if not asked.allow_small_n:
         study.check(len(cells[0].job.images))
-    rows = _filled(run, cells, study, again=asked.again)
+    rows = _filled(run, cells, study, devices, again=asked.again)
+    if not devices.is_main:
+        return 0
     facts = summary(run, rows)
     place = folder(run) / f"sweep-{facts['key'][:12]}"
     _keep(place, facts, rows)
@@ -159,7 +169,9 @@ def _cell(model: Model, options: Options) -> Cell:
     return Cell(model, how, wanted_job(model, options), options.solver or how.solver.name)
 
 
-def _filled(run: Run, cells: Sequence[Cell], study: Study, *, again: bool) -> list[Row]:
+def _filled(
+    run: Run, cells: Sequence[Cell], study: Study, devices: Devices, *, again: bool
+) -> list[Row]:
     """Every cell's figures; those that were found before take no time."""
     rows: list[Row] = []
     began, left = time.perf_counter(), sum(cell.how.steps for cell in cells)
@@ -169,7 +181,9 @@ def _filled(run: Run, cells: Sequence[Cell], study: Study, *, again: bool) -> li
         of = cell.named
         name = f"{of['solver']} {of['steps']}, guidance {of['guidance']:g}, {of['weights']}"
         rows.append(
-            Row(cell.named, judged(run, cell.model, cell.how, cell.job, study, again=again))
+            Row(
+                cell.named, judged(run, cell.model, cell.how, cell.job, study, devices, again=again)
+            )
         )
         left -= cell.how.steps
         if time.perf_counter() - start > _NOTICED_S:

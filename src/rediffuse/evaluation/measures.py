@@ -75,7 +75,7 @@ class Sample:
     def __len__(self) -> int:
         return len(self.seen.features)
 
-    def rows(self, which: slice) -> "Sample":
+    def rows(self, which: slice | Tensor) -> "Sample":
         """Some of them."""
         features, logits, spatial = self.seen
         seen = Seen(

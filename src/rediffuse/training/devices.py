@@ -3,21 +3,25 @@
 import ctypes
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rediffuse.errors import ConfigError
 
+Value = TypeVar("Value")
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Devices:
-    """This process' device, and its place among the processes that train together."""
+    """This process' device, and its place among the processes that work together."""
 
     device: torch.device
     rank: int = 0
@@ -48,6 +52,23 @@ class Devices:
         parts = [torch.empty_like(sent) for _ in range(self.ranks)]
         torch.distributed.all_gather(parts, sent)
         return torch.cat(parts).to(shares.device)
+
+    def everyones(self, mine: Value) -> list[Value]:
+        """What every rank has, in the order of ranks, on each of them."""
+        if self.ranks == 1:
+            return [mine]
+        box: list[Value | None] = [None] * self.ranks
+        torch.distributed.all_gather_object(box, mine)
+        return [value for value in box if value is not None]
+
+    @contextmanager
+    def main_talks(self) -> Iterator[None]:
+        """Let nobody but the first rank print; what the others raise is heard."""
+        if self.is_main:
+            yield
+            return
+        with open(os.devnull, "w") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
+            yield
 
     def agree(self, value: str | None) -> str:
         """Tell every rank what the first one says."""
