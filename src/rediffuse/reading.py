@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def read_bytes(file: Path, most_bytes: int) -> bytes:
+def read_bytes(file: str | Path, most_bytes: int) -> bytes:
     """Read a regular file; never wait for a pipe, nor read a device without an end.
 
     Raises:
@@ -15,9 +15,15 @@ def read_bytes(file: Path, most_bytes: int) -> bytes:
         ValueError: saying what is wrong with it, if it is too large or no regular file.
     """
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        facts = os.fstat(stream.fileno())
+        if not stat.S_ISREG(facts.st_mode):
             raise ValueError("it is not a regular file")
-        if len(data := stream.read(most_bytes + 1)) > most_bytes:
+        # What is asked for is taken from memory first, so no more than there is, but for a file
+        # that grows meanwhile.
+        data = stream.read(min(facts.st_size, most_bytes) + 1)
+        if len(data) > facts.st_size:
+            data += stream.read(max(0, most_bytes + 1 - len(data)))
+        if len(data) > most_bytes:
             raise ValueError(f"it has more than {most_bytes:,} bytes")
     return data
 

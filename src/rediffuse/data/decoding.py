@@ -21,7 +21,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TOO_MANY = f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels"
 
 
-def read(path: Path) -> Image.Image:
+def read(path: str | Path) -> Image.Image:
     """Decode the first frame of a PNG, JPEG or WebP file, turned upright as its EXIF data says.
 
     Raises:
@@ -42,7 +42,7 @@ def read(path: Path) -> Image.Image:
         raise DataError(f"it is broken ({' '.join(str(broken).split())})") from None
 
 
-def _read(path: Path) -> Image.Image:
+def _read(path: str | Path) -> Image.Image:
     try:
         data = read_bytes(path, MAX_FILE_BYTES)
     except ValueError as refused:

@@ -30,7 +30,7 @@ class Files:
     def __getitem__(self, row: int) -> Example | Broken:
         name, label = self.names[row]
         try:
-            return Example(read(self.root / name), label, name)
+            return Example(read(os.path.join(self.root, name)), label, name)
         except DataError as reason:
             if self.skip_broken:
                 return Broken(name, str(reason))
@@ -72,7 +72,7 @@ def folder(
         for part, listed in names.items()
     }
     files = (
-        (f"{part}/{name}", roots[part] / name)
+        (f"{part}/{name}", os.path.join(roots[part], name))  # a `Path` takes ten times as long
         for part, listed in names.items()
         for _, name in listed
     )
