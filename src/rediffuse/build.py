@@ -78,9 +78,9 @@ def bind(axis: str, part: Part, key: str, trusted: Sequence[str] | None = None) 
         ConfigError: for a name that is not on the axis, or an argument that its function does not
         take.
     """
-    function = _find(axis, part.name, key, trusted)
+    function = find(axis, part.name, key, trusted)
     bound = partial(function, **_checked(axis, function, part.arguments, key, trusted))
-    return bound() if _learner(function) and axis != "schedule" else bound
+    return bound() if _learner(function) and axis not in ("schedule", "model") else bound
 
 
 def names(axis: str) -> list[str]:
@@ -149,7 +149,10 @@ def grid(part: Part, trusted: Sequence[str] | None = None) -> Grid:
     return bind("grid", part, "sampling.grid", trusted)
 
 
-def _find(axis: str, name: str, key: str, trusted: Sequence[str] | None) -> Callable[..., Any]:
+def find(
+    axis: str, name: str, key: str, trusted: Sequence[str] | None = None
+) -> Callable[..., Any]:
+    """The function, or class of networks, of that name; arguments are those of `bind`."""
     if not all(word.isidentifier() and not word.startswith("_") for word in name.split(".")):
         raise ConfigError(f"{key}.name: {name!r} is not a name")
     place = AXES[axis].place

@@ -69,16 +69,27 @@ class Data(Part):
     """Which images, and what is done to every one of them; other arguments are the source's own."""
 
     image_size: Annotated[int, Field(gt=0, le=8192)] = 32
+    """pixels of a side; images are square"""
     channels: Literal[1, 3, 4] = 3
+    """1 grey, 3 colours, 4 with transparency"""
     fit: Literal["crop", "pad"] = "crop"
+    """what makes an image square: `crop` its middle, or `pad` it with black"""
     mean: float | list[float] = 0.5
+    """pixels become (pixel/255 - mean) / std; one number, or one per channel"""
     std: PositiveFloat | list[PositiveFloat] = 0.5
+    """see `data.mean`; 0.5 and 0.5 give [-1, 1]"""
     use_labels: bool = True
+    """train with classes, where there are any"""
     flip: bool = False
+    """mirror half of the images; not for digits or texts"""
     crop_padding: NonNegativeInt = 0
+    """shift each image by up to so many pixels"""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """share of images held out, where the source has no such part"""
     on_device: bool | Literal["auto"] = "auto"
+    """keep all images in the device's memory; auto: where they are not too many"""
     workers: Literal[0, 1] = 1
+    """1 prepares batches in a thread of its own, 0 does not"""
 
     @property
     def source(self) -> Part:
@@ -90,12 +101,15 @@ class Training(Section):
     """How long, how fast, how exact, and how often something is looked at."""
 
     epochs: PositiveFloat | None = None
+    """the length in passes over the images; null: `training.images` says it"""
     images: PositiveInt | None = None
     stop_after_images: PositiveInt | None = None
     batch_size: BatchSize = 128
     accumulation: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-4
+    """its peak; `rate` says how it changes"""
     clip_norm: PositiveFloat | None = 1.0
+    """gradients with a larger norm are scaled down to it; null: never"""
     label_dropout: Probability = 0.1
     self_conditioning: Probability = 0.0
     offset_noise: NonNegativeFloat = 0.0
@@ -103,18 +117,25 @@ class Training(Section):
     time_strata: PositiveInt = 1
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool | Literal["auto"] = False
+    """auto: try it at the start, and use it if it agrees and is faster"""
     log_every_images: PositiveInt | None = None
     validate_every_images: PositiveInt | None = None
     preview_every_images: PositiveInt | None = None
+    """draw the same images again; null: an epoch, or a twentieth of the run if that is longer"""
     checkpoint_every_images: PositiveInt | None = None
+    """null: an epoch, or a twentieth of the run if that is longer"""
     previews: bool = True
+    """draw images while training"""
     preview_count: PositiveInt = 64
+    """how many"""
     validation_images: PositiveInt = 1024
+    """held-out images whose loss is measured, always with the same times and noise"""
     keep_checkpoints: PositiveInt = 2
     keep_every_images: PositiveInt | None = None
     proxy_every_images: PositiveInt | None = None
     proxy_images: PositiveInt = 500
     proxy_steps: PositiveInt = 10
+    """with how many steps of the run's solver"""
     best_metric: BestMetric = "validation/loss"
     early_stopping_checks: PositiveInt | None = None
     non_finite_limit: PositiveInt = 20
@@ -147,7 +168,9 @@ class Average(Section):
     """An exponential moving average of the weights; null half-life: none is kept."""
 
     half_life_images: PositiveInt | None = 50_000
+    """after so many images, older weights count half; null: no average is kept"""
     warm_up: bool = True
+    """a shorter half-life at the beginning"""
 
 
 class Sampling(Section):
@@ -156,6 +179,7 @@ class Sampling(Section):
     solver: Part
     grid: Part
     steps: PositiveInt = 20
+    """how many steps a solver takes"""
     guidance: Part
     threshold: Part
 
@@ -164,7 +188,9 @@ class Tracking(Section):
     """Where copies of the run's metrics go, beside the run's own files."""
 
     trackers: list[Literal["mlflow", "tensorboard", "wandb"]] = []
+    """any of mlflow, tensorboard and wandb; several at once"""
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
+    """what trackers call the group of runs"""
     register_model: bool = False
 
 
@@ -172,7 +198,9 @@ class Config(Section):
     """One run, completely."""
 
     name: Annotated[str, Field(max_length=200)] | None = None
+    """what `rediffuse runs` calls it; `--run-name` sets it"""
     seed: Seed = 0
+    """the key of all randomness: weights, order, times, noise"""
     device: str = "auto"
     determinism: Literal["auto", "exact", "fast"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
