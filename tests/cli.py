@@ -1,9 +1,13 @@
 """The real command line in real processes, on runs small enough to wait for."""
 
+import atexit
 import os
 import subprocess
-import sys
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+
+from faults_harness import Zygote
 
 TINY = (
     "model.base_channels=16",
@@ -24,16 +28,18 @@ def rediffuse(
     *words: str, root: Path, check: int | None = 0, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; `check` is the exit code it must have (None: any)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "rediffuse", *words],
-        env={**os.environ, "REDIFFUSE_ROOT": str(root), "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=root,
-    )
+    own = {"REDIFFUSE_ROOT": str(root), "COLUMNS": "80"}
+    done = zygote().start(*words, root=root, env={**os.environ, **own}).wait(timeout_s)
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
+
+
+@cache
+def zygote() -> Zygote:
+    """The one that all tests of this process fork commands from."""
+    held = ExitStack()
+    atexit.register(held.close)
+    return held.enter_context(Zygote())
 
 
 def run_id(done: subprocess.CompletedProcess[str]) -> str:

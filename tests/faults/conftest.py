@@ -6,10 +6,10 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import cli
 import pytest
 import torch
 from faults_harness import Zygote
@@ -17,9 +17,8 @@ from faults_runs import INTERVAL, WORDS, Golden, left, place, runs_in
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as zygote:
-        yield zygote
+def zygote() -> Zygote:
+    return cli.zygote()
 
 
 @pytest.fixture(scope="session")
