@@ -23,7 +23,6 @@ from rediffuse.errors import ConfigError, RunError
 from rediffuse.networks.unet import UNet
 from rediffuse.randomness import Stream, torch_seeded
 from rediffuse.tracking import feeder, mlflow, tensorboard
-from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
 from rediffuse.tracking.journal import Journal, replay
 from rediffuse.tracking.jsonl import append_metrics, cut_back, read_metrics
@@ -611,16 +610,3 @@ def test_tensorboard_has_the_graph_of_the_network_once(tmp_path, capfd, classes)
     assert any("conv_in" in name for name in nodes)
     assert any("embedding" in name for name in nodes)
     assert capfd.readouterr() == ("", "")
-
-
-def test_off_a_terminal_the_console_writes_whole_lines_now_and_then(capsys, monkeypatch):
-    now = iter(range(0, 1000, 6))
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    console = Console(1000, 100)
-    for images in (200, 300, 400):
-        console.metrics({"loss": 0.25}, images)
-    console.close()
-    shown = capsys.readouterr().err
-    assert "300 of 1,000 images" in shown
-    assert "loss 0.25" in shown
-    assert "\r" not in shown

@@ -1,18 +1,18 @@
 """Train, sample, evaluate and reproduce diffusion models for images: one run id is enough.
 
-`load`, `sample`, `generate_samples` and `Denoiser` are here; every part of an axis is a plain
-function in its own module, such as `rediffuse.solvers.heun.heun`. They are imported when they are
-first used, so that `import rediffuse` itself takes no time.
+`train`, `load`, `sample`, `generate_samples` and `Denoiser` are here; every part of an axis is a
+plain function in its own module, such as `rediffuse.solvers.heun.heun`. They are imported when they
+are first used, so that `import rediffuse` itself takes no time.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rediffuse.api import generate_samples, load, sample
+    from rediffuse.api import generate_samples, load, sample, train
     from rediffuse.denoiser import Denoiser
     from rediffuse.models import Model
 
-__all__ = ["Denoiser", "Model", "generate_samples", "load", "sample"]
+__all__ = ["Denoiser", "Model", "generate_samples", "load", "sample", "train"]
 
 _PLACES = {
     "Denoiser": "rediffuse.denoiser",
@@ -20,6 +20,7 @@ _PLACES = {
     "generate_samples": "rediffuse.api",
     "load": "rediffuse.api",
     "sample": "rediffuse.api",
+    "train": "rediffuse.api",
 }
 
 

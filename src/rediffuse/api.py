@@ -1,19 +1,35 @@
 """The same as the command line, from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
+from rediffuse.config.compose import compose
 from rediffuse.drawing import Job, Way, classes_for, classes_of_given, draw
 from rediffuse.errors import ConfigError
 from rediffuse.gallery import Options, wanted
+from rediffuse.launch import trained
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, load
 from rediffuse.pictures import columns_for, grid, save_png
+from rediffuse.runs import Run
+from rediffuse.session import Look, unseen
 
-__all__ = ["generate_samples", "load", "sample"]
+__all__ = ["generate_samples", "load", "sample", "train"]
+
+
+def train(*words: str, root: Path | None = None, look: Look = unseen) -> Run:
+    """Train a run as `rediffuse train WORDS` does; `look` is told all metrics, for live curves.
+
+    What it says goes to standard output. Interrupting it ends it after the current step, with a
+    checkpoint.
+
+    Raises:
+        RediffuseError: before anything is written, for what cannot work.
+    """
+    return trained(compose(words), root=root, look=look)[0]
 
 
 def sample(
@@ -29,12 +45,14 @@ def sample(
     way: Way | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> UInt8[np.ndarray, "count channels height width"]:
     """Draw images: so many, or those of the given numbers; image j depends on (seed, j) alone.
 
     What is left open is as the run's configuration says. Parts are given as on the command line:
     `solver="heun churn=40"`, `guidance=3`. Without `class_name`, classes take turns. A `way` starts
     from given images (`rediffuse.drawing.varied`, `painted`, `rebuilt`), then without a class.
+    `done` is told after each step how many images that comes to.
 
     Raises:
         ConfigError: for what the model cannot do.
@@ -60,7 +78,7 @@ def sample(
     else:
         classes = classes_of_given(model, numbers, class_name)
     job = Job(numbers, classes, seed, batch_size, way)
-    return np.concatenate([pixels for _, pixels in draw(model, how, job)])
+    return np.concatenate([pixels for _, pixels in draw(model, how, job, done)])
 
 
 def generate_samples(

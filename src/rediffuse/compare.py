@@ -8,20 +8,16 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from sys import stderr
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.table import Table
 
-from rediffuse import drift
+from rediffuse import drift, tables
 from rediffuse.api import sample
 from rediffuse.config.compose import leaves
 from rediffuse.config.schema import Config
@@ -31,12 +27,14 @@ from rediffuse.launch import load_config
 from rediffuse.models import find, load
 from rediffuse.overview import brief
 from rediffuse.pictures import Pixels, columns_for, grid, save_png
+from rediffuse.progress import Progress
 from rediffuse.report import comparison, page
 from rediffuse.runs import Run
 from rediffuse.session import say
 from rediffuse.tracking.journal import is_clocked
 from rediffuse.tracking.jsonl import read_metrics, write_atomically
 from rediffuse.tracking.tracker import Row
+from rediffuse.words import plain
 
 Facts = dict[str, Any]
 
@@ -96,14 +94,14 @@ def compare(
         if images:
             facts["samples"] = samples(a, b, options, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain(facts), indent=1, default=str)
+        text = json.dumps(plain(facts), indent=1, default=str)
         write_atomically(folder / "comparison.json", text.encode())
     except OSError as failed:
         raise RunError(
             f"{folder} cannot be written ({failed.strerror}); name another --output-dir"
         ) from None
     if html:
-        comparison.write(html, _plain(facts), [a.rows, b.rows])
+        comparison.write(html, plain(facts), [a.rows, b.rows])
     say(text) if as_json else _tell(facts, folder)
     if html and not as_json:
         say(f"page    {html}")
@@ -212,18 +210,19 @@ def samples(a: Side, b: Side, options: Options, folder: Path) -> Facts:
 
 
 def _drawn(side: Side, options: Options) -> tuple[Facts, Pixels]:
-    with redirect_stdout(stderr):  # what it tells of broken checkpoints is no part of the answer
-        model = load(side.run.directory, trusted=options.trust)
+    model, count = load(side.run.directory, trusted=options.trust), options.count or COUNT
     try:
         how = wanted(model.config.sampling, options)
-        pixels = sample(
-            model,
-            options.count or COUNT,
-            solver=options.solver,
-            steps=options.steps,
-            guidance=options.guidance,
-            seed=options.seed,
-        )
+        with Progress(count) as bar:
+            pixels = sample(
+                model,
+                count,
+                solver=options.solver,
+                steps=options.steps,
+                guidance=options.guidance,
+                seed=options.seed,
+                done=bar.move,
+            )
     except ConfigError as refused:
         raise ConfigError(f"run {side.run.id}: {refused}") from None
     assert model.origin
@@ -273,22 +272,14 @@ def _captioned(picture: np.ndarray, lines: Sequence[str], rows: int) -> np.ndarr
 _LINE = 14  # pixels
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has words for: what is not finite becomes a string, as in `metrics.jsonl`."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # The terminal
 
 
 def _tell(facts: Facts, folder: Path) -> None:
     for letter, run in zip("AB", facts["runs"], strict=True):
         named = f"{run['id']} {run['name'] or ''}".rstrip()
-        say(f"{letter}  {_shown(named, 60)}, {run['status']}, {run['images']:,} images")
+        told = f"{letter}  {_shown(named, 60)}, {run['status']}, {run['images']:,} images"
+        tables.hanging(told, 3)
     for what in ("config", "environment"):
         if facts[what]:
             _table((what, "A", "B"), [(key, *pair) for key, pair in facts[what].items()])
@@ -320,22 +311,18 @@ def _tell_samples(found: Facts) -> None:
         say(f"\nsamples: none; {found['none']}")
         return
     apart = [pair["difference"] for pair in found["pairs"]]
-    say(
-        f"\nsamples {len(apart)} pairs of equal noise: mean pixel difference "
-        f"{found['mean_difference']:.2f} of 255 ({min(apart):.2f} to {max(apart):.2f})"
-    )
+    say("")
+    told = f"samples {len(apart)} pairs of equal noise: mean pixel difference "
+    told += f"{found['mean_difference']:.2f} of 255 ({min(apart):.2f} to {max(apart):.2f})"
+    tables.hanging(told, 8)
     say(f"grid    {found['grid']}")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], right: bool = False) -> None:
     """Print columns; long words are folded, since they often differ at their ends."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for k, name in enumerate(head):
-        table.add_column(name, justify="right" if right and k else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_shown, row))
     say("")
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    cells = [[*map(_shown, row)] for row in rows]
+    tables.table(head, cells, left=head[:1], fold=head[:1] if right else head)
 
 
 def _shown(value: Any, most: int = 30) -> str:

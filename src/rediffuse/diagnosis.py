@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from rediffuse import drift
+from rediffuse import drift, tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.pixels import pixel_range, to_model
 from rediffuse.data.splits import split
@@ -41,10 +39,12 @@ from rediffuse.images import Images, prepare
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.process import Prediction
+from rediffuse.progress import Progress
 from rediffuse.randomness import Stream, normal
 from rediffuse.sampling import trajectory
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import json_text
 
 Facts = dict[str, Any]
 
@@ -85,13 +85,16 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
     if drift.began(run).get("data") != images.facts():
         raise RunError(f"the images are not those that run {run.id} was trained on; restore them")
     held = unseen(images, model, count)
+    with Progress(level_count, "noise levels") as bar:
+        gaussian = _gaussian(images, model)
+        rows = by_level(models, held, gaussian, options.seed, level_count, bar.move)
     assert model.origin
     facts: Facts = {
         "run": run.id,
         "checkpoint": model.origin["checkpoint"],
         "images": len(held.x_0),
         "seed": options.seed,
-        "levels": by_level(models, held, _gaussian(images, model), options.seed, level_count),
+        "levels": rows,
         "sampling": how.model_dump(mode="json"),
         "samples": _DRAWN,
         "data_rms": rms(held.x_0),
@@ -100,7 +103,7 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
     }
     name = f"{facts['checkpoint']}-{how.solver.name}-{how.steps}-{len(held.x_0)}-{options.seed}"
     _write(run.directory / "evaluation" / f"diagnosis-{name}", facts)
-    say(json.dumps(facts, indent=1)) if as_json else _tell(facts)
+    say(json_text(facts)) if as_json else _tell(facts)
     return 0
 
 
@@ -131,9 +134,17 @@ def unseen(images: Images, model: Model, count: int) -> Unseen:
 
 @torch.no_grad()
 def by_level(
-    models: dict[str, Model], held: Unseen, gaussian: Gaussian, seed: int, count: int
+    models: dict[str, Model],
+    held: Unseen,
+    gaussian: Gaussian,
+    seed: int,
+    count: int,
+    done: Callable[[int], object] = lambda count: None,
 ) -> list[Facts]:
-    """The errors of each model at each level, beside a Gaussian's and those of the mean image."""
+    """The errors of each model at each level, beside a Gaussian's and those of the mean image.
+
+    `done` is told how many levels are measured.
+    """
     schedule = next(iter(models.values())).denoiser.schedule
     found = []
     for t in levels(schedule, count):
@@ -148,6 +159,7 @@ def by_level(
             row[name] = _means(one)
         row["mean_image"] = float((held.x_0 - gaussian.mean).double().square().mean())
         found.append(row)
+        done(len(found))
     return found
 
 
@@ -171,8 +183,9 @@ def way_of_samples(model: Model, how: Sampling, options: Options, data_rms: floa
 
     numbers = tuple(range(_DRAWN))
     job = Job(numbers, classes_for(numbers, model.class_names), options.seed, _DRAWN, Way(way))
-    for _ in states(model, how, job):
-        pass
+    with Progress(how.steps, "steps of samples") as bar:
+        for k, _ in enumerate(states(model, how, job), 1):
+            bar.move(min(k, how.steps))
     schedule, found = model.denoiser.schedule, []
     for time in sorted(seen, reverse=True):
         at = schedule(torch.tensor(time, dtype=torch.float64))
@@ -291,7 +304,7 @@ def _tell(facts: Facts) -> None:
     say("\nsquared error of x_0, by the model's weights and by a Gaussian of all images;")
     say("of ε; where a variance is learned, squared residual over it: 1 is calibrated")
     head = ("log-SNR", "t", *names, "gaussian", "mean image", "ε")
-    _table(
+    tables.table(
         (*head, "residual") if learned else head,
         [
             (
@@ -311,7 +324,7 @@ def _tell(facts: Facts) -> None:
     steps = facts["trajectory"]
     shown = [steps[k] for k in sorted({*np.linspace(0, len(steps) - 1, 12).round().astype(int)})]
     names = ["log_snr", "t", "x_t", "expected", "x_0", "eps"]
-    _table(
+    tables.table(
         ("log-SNR", "t", "x_t", "expected", "x_0", "ε"),
         [tuple(f"{step[name]:.4g}" for name in names) for step in shown],
     )
@@ -321,12 +334,3 @@ def _tell(facts: Facts) -> None:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in head:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, emoji=False, highlight=False).print(table)

@@ -104,13 +104,25 @@ def classes_of_given(
     return (model.null_class,) * len(images)
 
 
-def draw(model: Model, how: Sampling, job: Job) -> Iterator[tuple[tuple[int, ...], Pixels]]:
-    """Yield the finished images batch by batch, with their numbers."""
+def draw(
+    model: Model,
+    how: Sampling,
+    job: Job,
+    done: Callable[[int], object] = lambda count: None,
+) -> Iterator[tuple[tuple[int, ...], Pixels]]:
+    """Yield the finished images batch by batch, with their numbers.
+
+    `done` is told after each step how many images that comes to: half of the way of 64 is 32.
+    """
     data = model.config.data
     if job.batch_size is None:
         job = replace(job, batch_size=batch_that_fits(model, how, job))
+    finished = 0
     for batch in _batches(job):
-        x = _last(states(model, how, padded(batch)))
+        for k, state in enumerate(states(model, how, padded(batch)), 1):
+            x = state
+            done(finished + len(batch.images) * min(k, how.steps) // how.steps)
+        done(finished := finished + len(batch.images))
         pixels = to_uint8(x[: len(batch.images)], data.mean, data.std)
         yield batch.images, pixels.cpu().numpy()
 

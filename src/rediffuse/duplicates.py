@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from rich.console import Console
-from rich.table import Table
 
-from rediffuse import build
+from rediffuse import build, tables
 from rediffuse.config.schema import Data
 from rediffuse.data.packing import Packed
 from rediffuse.data.sources import Source
 from rediffuse.data.sources.folder import Files
 from rediffuse.errors import DataError
-from rediffuse.evaluation.duplicates import QUALITY, SHIFT, Found, Group, find
+from rediffuse.evaluation.duplicates import QUALITY, SHIFT, Found, Group, find, rounds
 from rediffuse.images import Images, prepare
 from rediffuse.pictures import grid, save_png
+from rediffuse.progress import Progress
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import json_text
 
 Facts = dict[str, Any]
 
@@ -52,12 +52,13 @@ def duplicates(
     packed = images.packed
     pixels = np.concatenate([part.images for part in packed.parts.values()])
     places = placed(images, build.bind("data", data.source, "data")())
-    found = find(torch.from_numpy(pixels), mirrored=mirrored)
+    with Progress(len(pixels) * rounds(mirrored), "images compared") as bar:
+        found = find(torch.from_numpy(pixels), mirrored=mirrored, done=bar.move)
     facts = report(packed, places, found, mirrored)
     folder = folder or root / "duplicates" / packed.folder.name
     facts["folder"] = str(folder)
     _write(folder, facts, _picture(pixels, found.groups))
-    print(json.dumps(facts, indent=1)) if as_json else _tell(facts)
+    print(json_text(facts)) if as_json else _tell(facts)
     return 0
 
 
@@ -160,13 +161,10 @@ _KINDS = {
 
 
 def _table(groups: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("images", "kind", "levels apart", "which"):
-        right = name in ("images", "levels apart")
-        table.add_column(name, justify="right" if right else "left", no_wrap=name != "which")
+    rows = []
     for group in groups:
         shown = [f"{image['name']} ({image['use']})" for image in group["images"][:3]]
         more = len(group["images"]) - len(shown)
         which = ", ".join([*shown, *([f"{more:,} more"] if more else [])])
-        table.add_row(f"{len(group['images']):,}", group["kind"], f"{group['farthest']:.1f}", which)
-    Console(markup=False, emoji=False, highlight=False).print(table)
+        rows.append((f"{len(group['images']):,}", group["kind"], f"{group['farthest']:.1f}", which))
+    tables.table(("images", "kind", "levels apart", "which"), rows, left=("kind",), fold=("which",))

@@ -12,15 +12,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console as Terminal
-from rich.table import Table
 
-from rediffuse import drift
+from rediffuse import drift, tables
 from rediffuse.config.schema import Config, Sampling
 from rediffuse.drawing import Job
 from rediffuse.errors import ConfigError, RunError
@@ -34,16 +31,16 @@ from rediffuse.judging import Cost, Study, drawn
 from rediffuse.legality import check_sampling
 from rediffuse.likelihoods import bits, card_of
 from rediffuse.models import Model, find, load
+from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 from rediffuse.references import joined, looked_at, networks, real_parts
 from rediffuse.runs import Run, locked, runs_root
 from rediffuse.session import say, trackers_of
-from rediffuse.tracking.console import Console
 from rediffuse.tracking.journal import replay
 from rediffuse.tracking.jsonl import append_metrics, read_metrics, write_atomically
 from rediffuse.training import checkpoint
 from rediffuse.training.devices import Devices, choose
-from rediffuse.words import did_you_mean, tell
+from rediffuse.words import did_you_mean, json_text, tell
 
 
 @dataclass(frozen=True)
@@ -260,11 +257,9 @@ def judged(
         return found
     classes = None if job.classes is None else torch.tensor(job.classes)
     study.prepare(count, classes)
-    bar = Console(count, 0)
-    progress = partial(bar.metrics, {})
     score = study.with_accuracy_score
-    done = drawn(model, how, job, study.networks, progress, keep_pixels=score, devices=devices)
-    bar.close()
+    with Progress(count) as bar:
+        done = drawn(model, how, job, study.networks, bar.move, keep_pixels=score, devices=devices)
     scale = how.guidance.arguments.get("scale", 1)
     figures = tuple(study.figures(done.seen, card, classes))
     if done.pixels is not None:
@@ -289,9 +284,8 @@ def likelihood(
     if not again and (found := kept(file, card.digest)):
         return found
     note(f"finding the bits per dimension of {count:,} {real.what} images")
-    bar = Console(count, 0)
-    figures = bits(model, real, card, partial(bar.metrics, {}))
-    bar.close()
+    with Progress(count) as bar:
+        figures = bits(model, real, card, bar.move)
     found = Evaluation(card.digest, figures, None, _facts(run, model, "bits", began))
     keep(file, found)
     return found
@@ -414,12 +408,12 @@ def show(found: Sequence[Evaluation], asked: Asked) -> None:
     shown = [each.told(asked.metrics) for each in found]
     if asked.as_json:
         told = [each.as_json() for each in shown]
-        say(json.dumps(told if len(told) > 1 else told[0], indent=1))
+        say(json_text(told if len(told) > 1 else told[0]))
         return
     for each in shown:
         print_table(("figure", "value", "blocks", "floor"), map(cells, each.figures))
         for line in lines(each):
-            say(line)
+            tables.hanging(line, 8)
 
 
 def cells(figure: Figure) -> tuple[str, str, str, str]:
@@ -431,17 +425,8 @@ def cells(figure: Figure) -> tuple[str, str, str, str]:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows, names on the left and numbers on the right, close together if there are many."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2 if len(columns) < _MANY else 1, 0, 0))
-    for name in columns:
-        first = name == columns[0]
-        table.add_column(name, justify="left" if first else "right", no_wrap=not first)
-    for row in rows:
-        table.add_row(*row)
-    Terminal(markup=False, emoji=False, highlight=False).print(table)
-
-
-_MANY = 6
+    """Print rows, names on the left and numbers on the right."""
+    tables.table(columns, [*rows], fold=columns[:1])
 
 
 def lines(found: Evaluation) -> list[str]:

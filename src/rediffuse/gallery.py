@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rediffuse.config.compose import part_from_file, typed_values
 from rediffuse.config.schema import Data, Part, Sampling
@@ -39,6 +37,7 @@ from rediffuse.errors import ConfigError, DataError
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
+from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training.devices import Devices, choose
@@ -122,12 +121,11 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     devices.agree("open")
     drawn = []
     mine = share(job, devices.rank, devices.ranks)
-    with tqdm(total=len(mine.images), unit="img", disable=not sys.stderr.isatty()) as bar:
-        for numbers, pixels in draw(model, how, mine):
+    with Progress(len(mine.images)) as bar:
+        for numbers, pixels in draw(model, how, mine, bar.move):
             for j, image in zip(numbers, pixels, strict=True):
                 save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
             drawn.append(pixels)
-            bar.update(len(numbers))
     pixels = np.concatenate([some for each in devices.everyones(drawn) for some in each])
     if not devices.is_main:
         return 0
@@ -144,9 +142,10 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
         frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in states(model, how, few))
         save_film(map(grid, frames), folder / "film.gif")
     weights, step = model.origin["weights"], model.origin["checkpoint"]
-    print(f"{len(pixels)} images from {weights} weights at {step}: {folder}")
+    print(f"{len(pixels)} images from {weights} weights at {step}")
     if _nobody_knows_the_class(model, job):
         print("  class none, as nobody knows that of a given image; --class names one")
+    print(f"  in    {folder}")
     print(f"  grid  {picture}")
     if options.reconstruct:
         print(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")

@@ -21,7 +21,7 @@ from rediffuse.data.ahead import ahead
 from rediffuse.drawing import Job, batch_that_fits, classes_for, draw, share
 from rediffuse.errors import ConfigError
 from rediffuse.evaluation.card import Card, Facts
-from rediffuse.evaluation.classifier import classification_accuracy_score
+from rediffuse.evaluation.classifier import Labels, classification_accuracy_score, enough
 from rediffuse.evaluation.features import Features, Seen
 from rediffuse.evaluation.figures import Figure, Floor, spread_of, with_n
 from rediffuse.evaluation.frechet import frechet_distance
@@ -37,6 +37,7 @@ from rediffuse.evaluation.measures import (
 from rediffuse.evaluation.moments import moments
 from rediffuse.images import Images
 from rediffuse.models import Model
+from rediffuse.progress import Progress
 from rediffuse.references import (
     CHUNK,
     KEPT,
@@ -123,10 +124,8 @@ def drawn(
 
     def batches() -> Iterator[Pixels]:
         nonlocal asked
-        count = 0
-        for images, pixels in draw(timed, how, job):
+        for images, pixels in draw(timed, how, job, lambda count: done(count * here.ranks)):
             asked += -(-len(images) // 8) * 8  # a batch is padded
-            done((count := count + len(images)) * here.ranks)
             if keep_pixels:
                 held.append(pixels)
             yield pixels
@@ -313,9 +312,7 @@ class Study:
             (train.part.images[train.rows[:count]], train.labels[:count].numpy()),
         ]
         self._tell(f"training a classifier on {card.n:,} samples, and one on {count:,} real images")
-        score, real = (
-            classification_accuracy_score(x, y, images, labels, several, 0) for x, y in learned
-        )
+        score, real = (_score(x, y, images, labels, several) for x, y in learned)
         what = f"train images teach, {len(test):,} {test.what} ones test"
         return Figure("cas", score, card.through(), floor=Floor(real, count, what))
 
@@ -378,6 +375,13 @@ def rows_of_classes(
     ]
     rows = torch.cat(found)
     return rows.sort().values if len(rows) == len(classes) else None
+
+
+def _score(samples: Pixels, sampled: Labels, images: Pixels, labels: Labels, classes: int) -> float:
+    with Progress(enough(len(samples)), "images learned from") as bar:
+        return classification_accuracy_score(
+            samples, sampled, images, labels, classes, 0, tell=bar.move
+        )
 
 
 class Proxy:

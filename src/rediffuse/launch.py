@@ -28,12 +28,14 @@ from rediffuse.legality import check
 from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
 from rediffuse.runs import Run
 from rediffuse.session import (
+    Look,
     Session,
     longer,
     planned_images,
     say,
     send_what_is_missing,
     trackers_of,
+    unseen,
 )
 from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.jsonl import write_atomically
@@ -65,6 +67,21 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     Raises:
         RediffuseError: before anything is written, if the configuration or the images cannot work.
     """
+    return trained(config, root=root, parent=parent)[1]
+
+
+def trained(
+    config: Config,
+    *,
+    root: Path | None = None,
+    parent: str | None = None,
+    look: Look = unseen,
+) -> tuple[Run, int]:
+    """Train a new run; return it and the exit code. `look` is told all that is recorded.
+
+    Raises:
+        RediffuseError: as `train` does.
+    """
     check(config)
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
@@ -76,7 +93,7 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
     with closing(hooks.Interrupts()) as interrupts:
         run = _created(config, home, parent, devices, images)
         with _writing(run, devices):
-            return _go(run, config, images, recipe, state, interrupts)
+            return run, _go(run, config, images, recipe, state, interrupts, look=look)
 
 
 def resume(
@@ -238,6 +255,8 @@ def _compile_settled(
         count = max(1, min(count, _TRIED_PIXELS // config.data.image_size**2))
     network, inputs = _example(config, images, devices, count, trusted)
     found, failed = None, None
+    if devices.is_main:
+        tell("compiling the network to try it, which may take a minute", sys.stderr)
     try:
         found = trial(network, inputs, PRECISIONS[config.training.precision])
     except TrainingError as refused:
@@ -350,9 +369,10 @@ def _go(
     state: TrainState,
     interrupts: hooks.Interrupts,
     trusted: Sequence[str] | None = None,
+    look: Look = unseen,
 ) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
-    session = Session(run, config, images, recipe)
+    session = Session(run, config, images, recipe, look)
     try:
         session.begin(state)
         if "tensorboard" in config.tracking.trackers and recipe.devices.is_main:

@@ -6,7 +6,6 @@
 """
 
 import json
-import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-from rediffuse import drift
+from rediffuse import drift, tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.splits import split
 from rediffuse.drawing import Job, draw
@@ -40,8 +36,10 @@ from rediffuse.images import Images, prepare
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.pictures import Pixels, grid, save_png
+from rediffuse.progress import Progress
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import json_text
 
 Facts = dict[str, Any]
 
@@ -101,7 +99,7 @@ def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
     at, weights = model.origin["checkpoint"], model.origin["weights"]
     name = f"memorisation-{at}-{weights}-{how.solver.name}-{how.steps}-{count}-{options.seed}"
     _write(run.directory / "evaluation" / name, facts, _picture(samples, known, found))
-    say(json.dumps(facts, indent=1)) if as_json else _tell(facts)
+    say(json_text(facts)) if as_json else _tell(facts)
     return 0
 
 
@@ -128,7 +126,10 @@ def real(images: Images, *, mirrored: bool) -> Known:
 def compared(samples: Pixels, known: Known) -> Findings:
     """Hold samples and held-out images against what the network was shown, in pixels."""
     seen = torch.from_numpy(known.seen())
-    drawn, unseen = (nearness(torch.from_numpy(x), seen) for x in (samples, known.held_out))
+    both = [torch.from_numpy(images) for images in (samples, known.held_out)]
+    with Progress(sum(map(len, both)), "images compared") as bar:
+        drawn = nearness(both[0], seen, bar.move)
+        unseen = nearness(both[1], seen, lambda count: bar.move(len(both[0]) + count))
     verdict = judge(drawn.ratio, unseen.ratio)
     return Findings(drawn, unseen, verdict)
 
@@ -226,11 +227,8 @@ def _one(found: Findings, job: Job, known: Known, k: int) -> Facts:
 
 
 def _drawn(model: Model, how: Sampling, job: Job) -> Pixels:
-    drawn = []
-    with tqdm(total=len(job.images), unit="img", disable=not sys.stderr.isatty()) as bar:
-        for numbers, pixels in draw(model, how, job):
-            drawn.append(pixels)
-            bar.update(len(numbers))
+    with Progress(len(job.images)) as bar:
+        drawn = [pixels for _, pixels in draw(model, how, job, bar.move)]
     return np.concatenate(drawn)
 
 
@@ -291,7 +289,7 @@ def _tell(facts: Facts) -> None:
     p = verdict["p_value"]
     told = f"p = {p:.2g}" if p else "p < 1e-300"
     say(f"\n{'ALARM' if facts['alarm'] else 'no alarm'}  ({told})")
-    _wrapped(facts["rule"])
+    tables.paragraph(facts["rule"])
     say(f"grid    {facts['folder']}/neighbours.png")
     say(f"all     {facts['folder']}/report.json")
 
@@ -309,14 +307,5 @@ def _plain(of: Facts) -> tuple[str, ...]:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for k, name in enumerate(head):
-        table.add_column(name, justify="right" if k else "left", min_width=0 if k else 36)
-    for row in rows:
-        table.add_row(*row)
     say("")
-    Console(markup=False, emoji=False, highlight=False).print(table)
-
-
-def _wrapped(text: str) -> None:
-    Console(markup=False, emoji=False, highlight=False).print(text)
+    tables.table(head, [(f"{what:36}", *rest) for what, *rest in rows], left=("",))

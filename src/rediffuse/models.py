@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,7 +155,8 @@ def find(word: str | Path, root: Path | None = None) -> Run:
 def _checkpoint(run: Run, which: str, metric: str) -> Path:
     """Latest, best by a metric, or the step of that number."""
     if which == "latest":
-        found = checkpoint.newest(run.checkpoints, print, set_aside=False)
+        note = partial(tell, stream=sys.stderr)
+        found = checkpoint.newest(run.checkpoints, note, set_aside=False)
     elif which == "best":
         found = checkpoint.best(run.checkpoints, metric)
     else:

@@ -1,14 +1,12 @@
 """What `runs` and `show` tell."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from rediffuse import drift
+from rediffuse import drift, tables
 from rediffuse.config.compose import checked, leaves, read_yaml
 from rediffuse.errors import RediffuseError
 from rediffuse.reading import read_object
@@ -73,25 +71,53 @@ def _first_figure(file: Path) -> str:
         return "damaged"
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print one line per run, as wide as the terminal."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "name", "status", "created", "images", "loss", "held out"):
-        right = name in {"images", "loss", "held out"}
-        table.add_column(name, justify="right" if right else "left", no_wrap=name == "id")
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line per run, as wide as the terminal, and what is wrong with damaged ones."""
+    names = ("id", "name", "status", "created", "images", "loss", "held out")
+    shown = [
+        {**row, "id": row["id"][:8], "created": str(row.get("created", ""))[:16].replace("T", " ")}
+        for row in rows
+    ]
+    cells = [[_shown(row.get(name)) for name in names] for row in shown]
+    tables.table(names, cells, left=names[:4], cut="name", styles=_STYLES)
     for row in rows:
-        shown = {**row, "id": row["id"][:12]}
-        table.add_row(*(_shown(shown.get(str(column.header))) for column in table.columns))
-    Console(markup=False, emoji=False, highlight=False).print(table)
+        if "why" in row:
+            tables.paragraph(f"{row['id'][:8]}: {row['why']}")
 
 
-def print_facts(facts: dict[str, Any]) -> None:
-    """Print a run's facts, one per line."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in leaves(facts).items():
-        if value not in (None, [], {}):
-            table.add_row(name, _shown(value))
-    Console(markup=False, emoji=False, highlight=False).print(table)
+_STYLES = {
+    "FINISHED": "green",
+    "RUNNING": "cyan",
+    "FAILED": "red",
+    "damaged": "red",
+    "KILLED": "yellow",
+    "stale": "yellow",
+    "silent": "yellow",
+}
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print facts, one per line; a configuration stands apart, below its own head."""
+    rest = dict(facts)
+    config = rest.pop("config", None)
+    tables.facts(_told(rest))
+    if config:
+        tables.paragraph("\nconfig")
+        tables.facts(_told(config))
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as it is typed, whatever file the program was."""
+    program, *rest = words or [""]
+    return shlex.join([Path(program).stem.replace("__main__", "rediffuse"), *rest])
+
+
+def _told(facts: Mapping[str, Any]) -> dict[str, str]:
+    named = {name: value for name, value in leaves(facts).items() if value not in (None, [], {})}
+    return {
+        name: command_line(value) if name == "command" else _shown(value)
+        for name, value in named.items()
+    }
 
 
 def last(rows: Sequence[Mapping[str, float]], name: str) -> float | None:

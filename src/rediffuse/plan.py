@@ -16,6 +16,7 @@ from rediffuse.errors import ConfigError
 from rediffuse.images import Images, prepare
 from rediffuse.launch import batches_of, few, fresh, settled
 from rediffuse.legality import check
+from rediffuse.progress import Progress
 from rediffuse.session import planned_images
 from rediffuse.training import checkpoint, memory
 from rediffuse.training.devices import choose
@@ -113,14 +114,19 @@ def _measured(
     memory.forget_peak(recipe.devices.device)
     taken: list[float] = []
     began = time.perf_counter()
-    while len(taken) < 3 or (sum(taken[2:]) < MEASURED_S and len(taken) < 50):
-        start = time.perf_counter()
-        train_step(recipe, state, next(steps))["loss"].item()
-        taken.append(time.perf_counter() - start)
-        if len(taken) == 1:
-            first = time.perf_counter() - began
+    with Progress(_MOST_STEPS, "steps, or fewer,") as bar:
+        while len(taken) < 3 or (sum(taken[2:]) < MEASURED_S and len(taken) < _MOST_STEPS):
+            start = time.perf_counter()
+            train_step(recipe, state, next(steps))["loss"].item()
+            taken.append(time.perf_counter() - start)
+            bar.move(len(taken))
+            if len(taken) == 1:
+                first = time.perf_counter() - began
     peak = memory.peak(recipe.devices.device) - before
     return config.training.batch_size / statistics.median(taken[2:]), first, peak
+
+
+_MOST_STEPS = 50
 
 
 def _checkpoint_bytes(state: TrainState) -> int:

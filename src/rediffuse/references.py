@@ -32,6 +32,7 @@ from rediffuse.errors import ConfigError, RunError
 from rediffuse.evaluation.card import Facts, digest_of
 from rediffuse.evaluation.classifier import (
     Classifier,
+    enough,
     load_classifier,
     save_classifier,
     train_classifier,
@@ -42,6 +43,7 @@ from rediffuse.evaluation.local import local_features
 from rediffuse.evaluation.measures import COLOUR, INCEPTION, Colours, Reference
 from rediffuse.evaluation.moments import Moments, merge, moments
 from rediffuse.images import Images
+from rediffuse.progress import Progress
 from rediffuse.reading import read_bytes, read_object
 from rediffuse.tracking.jsonl import write_atomically
 
@@ -121,9 +123,14 @@ def _shuffled(count: int) -> Int64[np.ndarray, " rows"]:
     return split(count, 1.0)[1]
 
 
-def looked_at(chunks: Iterable[Pixels], features: Features) -> Iterator[Seen]:
-    """What a network says of each chunk."""
-    return (features(torch.from_numpy(chunk)) for chunk in chunks)
+def looked_at(
+    chunks: Iterable[Pixels], features: Features, done: Callable[[int], object] = lambda count: None
+) -> Iterator[Seen]:
+    """What a network says of each chunk; `done` is told how many images it saw."""
+    count = 0
+    for chunk in chunks:
+        yield features(torch.from_numpy(chunk))
+        done(count := count + len(chunk))
 
 
 def joined(parts: Iterable[Seen]) -> Seen:
@@ -226,7 +233,9 @@ def looked_up(root: Path, real: Real, features: Features, tell: Callable[[str], 
     def look() -> dict[str, Tensor]:
         if features.name != COLOUR:
             tell(f"looking at {len(real):,} {real.what} images through {features.name}")
-        return _tensors(looked_at(real.chunks(), features), 0 if features.name == COLOUR else KEPT)
+        with Progress(len(real)) as bar:
+            seen = looked_at(real.chunks(), features, bar.move)
+            return _tensors(seen, 0 if features.name == COLOUR else KEPT)
 
     found = kept_or_made(home(root) / digest_of(facts), facts, look, tell)
     spatial = _moments(found, "spatial_") if "spatial_n" in found else None
@@ -324,14 +333,17 @@ def classifier_of(
         with suppress(RunError):  # there is none yet, or it is damaged
             return load_classifier(folder, device)
         tell(f"training a classifier on {len(train):,} {train.what} images, once; it is kept")
-        found = train_classifier(
-            train.part.images[train.rows],
-            labels,
-            len(train.packed.class_names),
-            0,
-            images_seen=CLASSIFIER_IMAGES,
-            device=device,
-        )
+        count = CLASSIFIER_IMAGES or enough(len(train))
+        with Progress(count, "images learned from") as bar:
+            found = train_classifier(
+                train.part.images[train.rows],
+                labels,
+                len(train.packed.class_names),
+                0,
+                images_seen=count,
+                device=device,
+                tell=bar.move,
+            )
         folder.mkdir(exist_ok=True)
         save_classifier(found, folder)
     return found

@@ -25,15 +25,17 @@ from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
 from rediffuse.launch import EXIT_CODES, batches_of, fresh, load_config, set_up, surroundings
 from rediffuse.legality import check
+from rediffuse.progress import Progress
 from rediffuse.runs import Run
 from rediffuse.session import beginning, say
 from rediffuse.tracking.jsonl import append, lines_since, write_atomically
 from rediffuse.training import checkpoint, hooks
 from rediffuse.training.devices import Devices, choose
-from rediffuse.training.loop import Stop
+from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.loop import train as loop
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
+from rediffuse.words import json_text
 
 Row = dict[str, Any]
 Tree = dict[str, Any]
@@ -68,6 +70,11 @@ class _Comparison:
         return self._rows[self.equal]
 
     @property
+    def asked(self) -> int:
+        """How many rows there are to be compared."""
+        return len(self._rows)
+
+    @property
     def before(self) -> int:
         """The images seen at the last row that was equal."""
         return self._rows[self.equal - 1]["images"] if self.equal else 0
@@ -99,6 +106,7 @@ def reproduce(
     root: Path | None = None,
     copy_root: Path | None = None,
     trusted: Sequence[str] = (),
+    as_json: bool = False,
 ) -> int:
     """Train a run again, for so many steps or as far as it came; return the exit code.
 
@@ -130,10 +138,13 @@ def reproduce(
         f"data.{part}: its packed pixels are not those of the fingerprint"
         for part in damaged(images.packed)
     ]
-    say(f"run     {run.id}, {len(rows)} digests up to {rows[-1]['images']:,} images")
+    told = (lambda line: None) if as_json else say
+    told(f"run     {run.id}, {len(rows)} digests up to {rows[-1]['images']:,} images")
     for line in differing:
-        say(f"differs {line}")
+        told(f"differs {line}")
+    kept = None
     with (
+        Progress(rows[-1]["images"]) as bar,
         closing(hooks.Interrupts()) as interrupts,
         _copied(run, config, now, copy_root or run.directory.parent, keep) as copy,
     ):
@@ -143,18 +154,26 @@ def reproduce(
             if part is not config:
                 state, recipe = _gone_on(state, part, images, devices, copy, trusted)
             batches = batches_of(part, images, devices).since(state.images_seen)
-            loop(recipe, state, batches, [compare, interrupts], min(end, rows[-1]["images"]))
-            if compare.parted or compare.equal == len(rows) or interrupts.received:
+            looking: list[Hook] = [
+                lambda state, _: bar.move(state.images_seen),
+                compare,
+                interrupts,
+            ]
+            loop(recipe, state, batches, looking, min(end, rows[-1]["images"]))
+            if compare.parted or compare.equal == compare.asked or interrupts.received:
                 break
         if keep:
             checkpoint.save_checkpoint(state, copy.checkpoints)
             ended: runs.Status = "KILLED" if interrupts.received else "FINISHED"
             copy.update(images_seen=state.images_seen, status=ended)
-            say(f"copy    {copy.id} in {copy.directory}")
-    if interrupts.received and not compare.parted and compare.equal < len(rows):
-        say(f"{interrupts.received.name} received: {compare.equal} of {len(rows)} digests equal")
-        return EXIT_CODES[interrupts.received.name]
-    return _verdict(compare, config, record, differing)
+            kept = copy
+    facts = _found(run, compare, config, record, differing, kept)
+    signal = interrupts.received if facts["verdict"] == "UNFINISHED" else None
+    if as_json:
+        say(json_text(facts))
+    else:
+        _tell(facts, kept, signal.name if signal else "")
+    return EXIT_CODES[signal.name] if signal else int(facts["verdict"] == "FAIL")
 
 
 def read_record(run: Run) -> Record:
@@ -278,21 +297,54 @@ def _copied(
             shutil.rmtree(copy.directory, ignore_errors=True)
 
 
-def _verdict(compare: _Comparison, config: Config, record: Record, differing: list[str]) -> int:
-    if not compare.parted:
-        say(f"PASS: {compare.equal} digests equal up to {compare.before:,} images")
-        return 0
-    images, size = compare.row["images"], record.batch_size
-    say(
-        f"FAIL: they part at step {images // size} ({images:,} images) in "
-        f"{', '.join(compare.parted)}; equal up to step {compare.before // size}"
-    )
+def _found(
+    run: Run,
+    compare: _Comparison,
+    config: Config,
+    record: Record,
+    differing: list[str],
+    kept: Run | None,
+) -> Tree:
+    """What came of it, as plain data."""
+    size, parted = record.batch_size, bool(compare.parted)
+    finished = parted or compare.equal == compare.asked
+    return {
+        "run": run.id,
+        "verdict": "FAIL" if parted else "PASS" if finished else "UNFINISHED",
+        "digests": compare.asked,
+        "equal": compare.equal,
+        "equal_up_to_images": compare.before,
+        "equal_up_to_step": compare.before // size,
+        "part_at_images": compare.row["images"] if parted else None,
+        "part_at_step": compare.row["images"] // size if parted else None,
+        "part_in": compare.parted,
+        "differing": differing,
+        "likely": _causes(compare.row["images"], config, record, differing) if parted else [],
+        "copy": str(kept.directory) if kept else None,
+    }
+
+
+def _causes(images: int, config: Config, record: Record, differing: list[str]) -> list[str]:
     causes = list(differing)
     for line in record.drifts:
         if line.images_seen < images:  # the configuration was followed, the rest cannot be
             causes += line.told({k: v for k, v in line.decisive.items() if k not in line.config})
     if config.determinism == "fast":
         causes.append("determinism=fast, which leaves the choice of kernels to torch")
-    for cause in causes or ["another machine or nondeterministic kernels"]:
-        say(f"likely  {cause}")
-    return 1
+    return causes or ["another machine or nondeterministic kernels"]
+
+
+def _tell(facts: Tree, kept: Run | None, signal: str) -> None:
+    if kept:
+        say(f"copy    {kept.id} in {kept.directory}")
+    if facts["verdict"] == "PASS":
+        say(f"PASS: {facts['equal']} digests equal up to {facts['equal_up_to_images']:,} images")
+    elif facts["verdict"] == "UNFINISHED":
+        say(f"{signal} received: {facts['equal']} of {facts['digests']} digests equal")
+    else:
+        say(
+            f"FAIL: they part at step {facts['part_at_step']} ({facts['part_at_images']:,} images) "
+            f"in {', '.join(facts['part_in'])}; equal up to step {facts['equal_up_to_step']}"
+        )
+        for cause in facts["likely"]:
+            say(f"likely  {cause}")

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,11 +21,11 @@ from rediffuse.images import Images
 from rediffuse.judging import Proxy
 from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
+from rediffuse.progress import Progress
 from rediffuse.randomness import order
 from rediffuse.runs import Run, Status
 from rediffuse.serving import export
 from rediffuse.tracking import mlflow, tensorboard, wandb
-from rediffuse.tracking.console import Console
 from rediffuse.tracking.feeder import is_behind
 from rediffuse.tracking.journal import Journal, replay
 from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
@@ -37,11 +37,21 @@ from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
 from rediffuse.words import tell
 
+Look = Callable[[int, Mapping[str, float]], object]
+"""Is told the images seen, and the metrics that are recorded then."""
+
+
+def unseen(images_seen: int, values: Mapping[str, float]) -> None:
+    """Look at nothing."""
+
 
 class Session:
     """One process' part of a run. Every rank measures; the first one writes and talks."""
 
-    def __init__(self, run: Run, config: Config, images: Images, recipe: Recipe) -> None:
+    def __init__(
+        self, run: Run, config: Config, images: Images, recipe: Recipe, look: Look = unseen
+    ) -> None:
+        self._look = look
         self.run, self.config, self.images, self.recipe = run, config, images, recipe
         self.planned = planned_images(config, images.per_epoch)
         self._main = recipe.devices.is_main
@@ -51,7 +61,7 @@ class Session:
         self._validation = self._held_out()
         self._last_preview: int | None = None
         self._skipped = hooks.NonFinite(self._fault, config.training.non_finite_limit)
-        self._proxy = Proxy(run.directory.parent, images, say)
+        self._proxy = Proxy(run.directory.parent, images, self._say)
 
     def begin(self, state: TrainState) -> None:
         """Open the record where the state is, and say what is going to happen."""
@@ -59,7 +69,7 @@ class Session:
             return
         self._saved_step, self._spikes = state.step or None, state.usual_loss.spikes.item()
         trackers = trackers_of(self.config, self.run, self.run.read().parent)
-        self._console = Console(self.planned, state.images_seen)
+        self._console = Progress(self.planned, first=state.images_seen, stays=True)
         params, tell = self.config.model_dump(), self._console.say
         self._journal = Journal(self.run.directory, trackers, params, tell)
         self._journal.start(state.images_seen)
@@ -94,10 +104,10 @@ class Session:
         if self._main:
             previews = training.preview_every_images or now_and_then
             saves = training.checkpoint_every_images or now_and_then
-            looking.append(hooks.first_step(say))
+            looking.append(hooks.first_step(self._say))
             if self.config.profile:
-                looking.append(hooks.Profile(self.run.logs, say))
-            looking.append(when(often, hook=hooks.spikes(say, self._spikes)))
+                looking.append(hooks.Profile(self.run.logs, self._say))
+            looking.append(when(often, hook=hooks.spikes(self._say, self._spikes)))
             looking.append(hooks.digest(self._digest, size, saves, self.planned))
             if training.proxy_every_images:
                 proxy = when(training.proxy_every_images, hook=lambda state, _: self.proxy(state))
@@ -187,6 +197,7 @@ class Session:
         if not self._begun:
             self.run.update(status=status)
             return
+        self._console.move(state.images_seen)
         self._console.close()
         if status == "FINISHED" and state.images_seen >= self.planned:
             self.preview(state)
@@ -230,6 +241,10 @@ class Session:
         say(f"resume  rediffuse resume {run.id}")
         say(f"sample  rediffuse sample {run.id}")
 
+    def _say(self, line: str) -> None:
+        """Tell the user one line, above the bar."""
+        self._console.say(line, sys.stdout)
+
     def _log(self, values: dict[str, float], images_seen: int) -> None:
         """What training says, and now and then what the machine does."""
         if self._main:
@@ -239,9 +254,10 @@ class Session:
         if not self._main:
             return
         self._journal.metrics(values, images_seen)
+        self._look(images_seen, values)
         shown = {name.replace("validation/loss", "held out"): values[name] for name in values}
-        self._console.metrics(
-            {name: shown[name] for name in ("loss", "held out") if name in shown}, images_seen
+        self._console.move(
+            images_seen, {name: shown[name] for name in ("loss", "held out") if name in shown}
         )
 
     def _fault(self, values: dict[str, Any], images_seen: int) -> None:

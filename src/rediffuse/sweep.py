@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from rediffuse import tables
 from rediffuse.config.schema import Sampling
 from rediffuse.drawing import Job
 from rediffuse.errors import ConfigError, RunError
@@ -43,6 +44,7 @@ from rediffuse.runs import Run
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.training.devices import Devices, choose
+from rediffuse.words import json_text
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _sweep(
     place = folder(run) / f"sweep-{facts['key'][:12]}"
     _keep(place, facts, rows)
     if asked.as_json:
-        say(json.dumps(facts, indent=1))
+        say(json_text(facts))
     else:
         _show(rows)
         say(f"picture {place / 'sweep.png'}")
@@ -265,7 +267,7 @@ def _show(rows: Sequence[Row]) -> None:
         say(f"floor   {floor.value:.4g} is what real images have")
     say("best of the sweep; every combination has its own card in evaluation/:")
     for line in lines(best.found.told((best.figure.name,))):
-        say(line)
+        tables.hanging(line, 8)
 
 
 def _short(value: Any) -> str:

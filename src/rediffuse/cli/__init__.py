@@ -12,9 +12,12 @@ import click
 
 from rediffuse.cli import (
     compare,
+    completion,
     data,
     diagnose,
+    doctor,
     evaluate,
+    init,
     memorisation,
     plan,
     report,
@@ -28,33 +31,47 @@ from rediffuse.errors import RediffuseError
 from rediffuse.words import tell
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _InOrder(click.Group):
+    """A group whose help lists commands in the order in which one needs them."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a part for each step of the work."""
+        widest = max(map(len, self.commands))
+        for title, commands in _STEPS.items():
+            with formatter.section(title):
+                told = [(f"{c.name:{widest}}", c.get_short_help_str(120)) for c in commands]
+                formatter.write_dl(told)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 failed or found different, 2 refused before anything was done, "
+    "130 interrupted with Ctrl-C, 143 ended by SIGTERM; what was trained is kept.",
+)
 @click.version_option(package_name="rediffuse")
 def rediffuse() -> None:
     """Train, sample and reproduce diffusion models for images.
 
     \b
-    rediffuse train                                     digits, in about a minute
-    rediffuse train experiment=folder64 data.path=DIR   your own images
-    rediffuse plan experiment=folder64 data.path=DIR    what that would take
-    rediffuse sample ID --n 64                          ID: as `train` prints it, or 6 digits
+    Examples:
+      rediffuse train                                     digits, in a minute
+      rediffuse train experiment=folder64 data.path=DIR   your own images
+      rediffuse plan experiment=folder64 data.path=DIR    what that would take
+      rediffuse sample ID --n 64                          ID: its first 6 digits
     """
 
 
-rediffuse.add_command(train.train)
-rediffuse.add_command(train.resume)
-rediffuse.add_command(plan.plan)
-rediffuse.add_command(sample.sample)
-rediffuse.add_command(evaluate.evaluate)
-rediffuse.add_command(sweep.sweep)
-rediffuse.add_command(reproduce.reproduce)
-rediffuse.add_command(compare.compare)
-rediffuse.add_command(memorisation.memorisation)
-rediffuse.add_command(diagnose.diagnose)
-rediffuse.add_command(report.report)
-rediffuse.add_command(runs.show)
-rediffuse.add_command(runs.runs)
-rediffuse.add_command(data.data)
+_STEPS: dict[str, tuple[click.Command, ...]] = {
+    "Begin": (init.init, doctor.doctor, data.data, plan.plan),
+    "Train": (train.train, train.resume, runs.runs, runs.show),
+    "Draw": (sample.sample,),
+    "Judge": (evaluate.evaluate, sweep.sweep, memorisation.memorisation, diagnose.diagnose),
+    "Tell and repeat": (report.report, compare.compare, reproduce.reproduce),
+    "Shell": (completion.completion,),
+}
+for command in (command for commands in _STEPS.values() for command in commands):
+    rediffuse.add_command(command)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -71,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> tuple[int, str | None]:
     """The exit code of a command, and why it was refused."""
     try:
-        code = rediffuse.main(arguments, standalone_mode=False)
+        code = rediffuse.main(arguments, "rediffuse", standalone_mode=False)
     except RediffuseError as refused:
         return refused.exit_code, str(refused)
     except click.Abort:

@@ -4,18 +4,24 @@ from pathlib import Path
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", shell_complete=complete.run_ids)
+@click.argument("second", metavar="B", shell_complete=complete.run_ids)
 @click.option(
     "--n", "count", type=click.IntRange(1, 1000), default=16, show_default=True, help="Pairs."
 )
-@click.option("--solver", help="For both, as in `rediffuse sample`; else each one's own.")
+@click.option(
+    "--solver",
+    shell_complete=complete.parts("solver"),
+    help="For both, as in `rediffuse sample`; else each one's own.",
+)
 @click.option("--steps", type=click.IntRange(1), help="For both; else each one's own.")
-@click.option("--guidance", help="For both; else each one's own.")
+@click.option(
+    "--guidance", shell_complete=complete.parts("guidance"), help="For both; else each one's own."
+)
 @click.option("--no-images", "--no_images", is_flag=True, help="Draw nothing.")
 @click.option(
     "--output-dir",
@@ -43,8 +49,9 @@ def compare(
     A and B are ids, the first 6 digits of them, or paths.
 
     \b
-    rediffuse compare 3f2a91 77c0de
-    rediffuse compare 3f2a91 77c0de --n 40 --solver heun --steps 18 --html page.html
+    Examples:
+      rediffuse compare 3f2a91 77c0de
+      rediffuse compare 3f2a91 77c0de --n 40 --solver heun --html page.html
     """
     from rediffuse import compare as two
     from rediffuse.gallery import Options

@@ -1,13 +1,13 @@
 """`rediffuse data pack`, `rediffuse data inspect` and `rediffuse data duplicates`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
+from rediffuse.words import json_text
 
 if TYPE_CHECKING:
     from rediffuse.config.schema import Data
@@ -18,20 +18,28 @@ _WORDS = {"ignore_unknown_options": True}
 
 @click.group()
 def data() -> None:
-    """Look at images and pack them, as `train` does by itself."""
+    """Look at images and pack them, as `train` does by itself.
+
+    \b
+    Examples:
+      rediffuse data inspect cifar10
+      rediffuse data pack my/images data.image_size=64
+      rediffuse data duplicates my/images data.image_size=64
+    """
 
 
 @data.command(context_settings=_WORDS)
-@click.argument("source")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.argument("source", shell_complete=complete.parts("data"))
+@options.words
 @click.option("--out", type=click.Path(path_type=Path), help="Else in <root>/packed.")
 @options.root
 def pack(source: str, words: tuple[str, ...], out: Path | None, root: Path | None) -> None:
     """Decode and resize SOURCE once: a data set's name, or a folder of images.
 
     \b
-    rediffuse data pack my/images data.image_size=64
-    rediffuse data pack cifar10
+    Examples:
+      rediffuse data pack my/images data.image_size=64
+      rediffuse data pack cifar10
     """
     packed = _packed(source, words, out, root)
     counts = ", ".join(f"{len(part.images):,} {name}" for name, part in packed.parts.items())
@@ -39,21 +47,27 @@ def pack(source: str, words: tuple[str, ...], out: Path | None, root: Path | Non
 
 
 @data.command(context_settings=_WORDS)
-@click.argument("source")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.argument("source", shell_complete=complete.parts("data"))
+@options.words
 @options.json_output
 @options.root
 def inspect(source: str, words: tuple[str, ...], as_json: bool, root: Path | None) -> None:
-    """Tell what SOURCE holds: parts, classes, counts, skipped files, and how its pixels lie."""
+    """Tell what SOURCE holds: parts, classes, counts, skipped files, and how its pixels lie.
+
+    \b
+    Examples:
+      rediffuse data inspect my/images data.image_size=64
+      rediffuse data inspect mnist --json
+    """
     from rediffuse import images, overview
 
     facts = images.describe(_packed(source, words, None, root))
-    click.echo(json.dumps(facts, indent=1)) if as_json else overview.print_facts(facts)
+    click.echo(json_text(facts)) if as_json else overview.print_facts(facts)
 
 
 @data.command(context_settings=_WORDS)
-@click.argument("source")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.argument("source", shell_complete=complete.parts("data"))
+@options.words
 @click.option("--no-mirrored", "--no_mirrored", is_flag=True, help="Leave mirror images alone.")
 @click.option(
     "--output-dir",
@@ -76,7 +90,8 @@ def duplicates(
     Every pair is compared, after packing: the time grows with the square of the number of images.
 
     \b
-    rediffuse data duplicates my/images data.image_size=64
+    Examples:
+      rediffuse data duplicates my/images data.image_size=64
     """
     from rediffuse import duplicates as door
     from rediffuse.runs import runs_root

@@ -2,12 +2,12 @@
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@options.run
+@options.run_id
 @click.option(
     "--n", "count", type=click.IntRange(2), default=256, show_default=True, help="Held-out images."
 )
@@ -15,10 +15,22 @@ from rediffuse.cli import options
     "--levels", type=click.IntRange(2, 1000), default=12, show_default=True, help="Noise levels."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Other noise.")
-@click.option("--guidance", help="Of the samples, as in `rediffuse sample`; else the run's own.")
-@click.option("--solver", help="Of the samples; else the run's own.")
+@click.option(
+    "--guidance",
+    shell_complete=complete.parts("guidance"),
+    help="Of the samples, as in `rediffuse sample`; else the run's own.",
+)
+@click.option(
+    "--solver", shell_complete=complete.parts("solver"), help="Of the samples; else the run's own."
+)
 @click.option("--steps", type=click.IntRange(1), help="Of the samples; else the run's own.")
-@click.option("--checkpoint", default="latest", show_default=True, help="Or best, or a number.")
+@click.option(
+    "--checkpoint",
+    default="latest",
+    show_default=True,
+    shell_complete=complete.checkpoints,
+    help="Or best, or a number.",
+)
 @click.option("--device", default="auto", show_default=True)
 @options.json_output
 @options.root
@@ -32,8 +44,9 @@ def diagnose(
     the best linear denoiser. A picture shows them, and the size of samples on their way.
 
     \b
-    rediffuse diagnose 3f2a91
-    rediffuse diagnose 3f2a91 --n 1000 --levels 30 --solver heun
+    Examples:
+      rediffuse diagnose 3f2a91
+      rediffuse diagnose 3f2a91 --n 1000 --levels 30 --solver heun
     """
     from rediffuse import diagnosis
     from rediffuse.gallery import Options

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@options.run
+@options.run_id
 @click.option(
     "--n",
     "--num-samples",
@@ -18,9 +18,13 @@ from rediffuse.cli import options
     type=click.IntRange(2),
     help="How many images; else 10,000, or as many thousands as there are real ones.",
 )
-@click.option("--solver", help="As in `rediffuse sample`; else the run's own.")
+@click.option(
+    "--solver",
+    shell_complete=complete.parts("solver"),
+    help="As in `rediffuse sample`; else the run's own.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Else as many as the run says.")
-@click.option("--guidance", help="Else as the run says.")
+@click.option("--guidance", shell_complete=complete.parts("guidance"), help="Else as the run says.")
 @click.option(
     "--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True
 )
@@ -61,10 +65,11 @@ def evaluate(
     against real ones. All is kept in the run's evaluation/, and what is there is not drawn again.
 
     \b
-    rediffuse evaluate 3f2a91
-    rediffuse evaluate 3f2a91 --n 1000 --solver unipc --steps 10
-    rediffuse evaluate 3f2a91 --metric fid --n 50000
-    rediffuse evaluate --images theirs/ --reference real/
+    Examples:
+      rediffuse evaluate 3f2a91
+      rediffuse evaluate 3f2a91 --n 1000 --solver unipc --steps 10
+      rediffuse evaluate 3f2a91 --metric fid --n 50000
+      rediffuse evaluate --images theirs/ --reference real/
     """
     from rediffuse import evaluate as judge
     from rediffuse.gallery import Options

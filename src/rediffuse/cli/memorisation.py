@@ -2,12 +2,12 @@
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@options.run
+@options.run_id
 @click.option(
     "--n",
     "--num-samples",
@@ -20,13 +20,23 @@ from rediffuse.cli import options
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Another set.")
 @click.option("--class", "class_name", help="All of one class; else they take turns.")
-@click.option("--guidance", help="As in `rediffuse sample`; else the run's own.")
-@click.option("--solver", help="Else the run's own.")
+@click.option(
+    "--guidance",
+    shell_complete=complete.parts("guidance"),
+    help="As in `rediffuse sample`; else the run's own.",
+)
+@click.option("--solver", shell_complete=complete.parts("solver"), help="Else the run's own.")
 @click.option("--steps", type=click.IntRange(1), help="Else as many as the run says.")
 @click.option(
     "--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True
 )
-@click.option("--checkpoint", default="latest", show_default=True, help="Or best, or a number.")
+@click.option(
+    "--checkpoint",
+    default="latest",
+    show_default=True,
+    shell_complete=complete.checkpoints,
+    help="Or best, or a number.",
+)
 @click.option("--batch-size", "--batch_size", type=click.IntRange(1), help="Else what fits.")
 @click.option("--device", default="auto", show_default=True)
 @options.json_output
@@ -40,8 +50,9 @@ def memorisation(run_id: str | None, option: str | None, as_json: bool, **how: o
     it. A picture shows the most suspicious samples above their nearest training images.
 
     \b
-    rediffuse memorisation 3f2a91
-    rediffuse memorisation 3f2a91 --n 5000 --checkpoint 200
+    Examples:
+      rediffuse memorisation 3f2a91
+      rediffuse memorisation 3f2a91 --n 5000 --checkpoint 200
     """
     from rediffuse import memorisation as door
     from rediffuse.gallery import Options

@@ -6,10 +6,26 @@ from typing import Any
 
 import click
 
+from rediffuse.cli import complete
+
 WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 """The settings of a command that takes `key=value` and `--key value`."""
 
-words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+words = click.argument(
+    "words",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="[KEY=VALUE]...",
+    shell_complete=complete.words,
+)
+run = click.argument("run_id", required=False, shell_complete=complete.run_ids)
+run_id = click.option(
+    "--run-id",
+    "--run_id",
+    "option",
+    help="The same as RUN_ID.",
+    shell_complete=complete.run_ids,
+)
 config_file = click.option(
     "--config", "file", type=click.Path(path_type=Path), help="A YAML file to start from."
 )
@@ -32,9 +48,21 @@ _DRAWN = (
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Another set."),
     click.option("--class", "class_name", help="All of one class; else they take turns."),
     click.option("--guide-by", "--guide_by", metavar="[RUN:]CHECKPOINT", help="A weaker model."),
-    click.option("--grid", help="Where a solver stops; else as the run says."),
-    click.option("--threshold", help="Else as the run says."),
-    click.option("--checkpoint", default="latest", show_default=True, help="Or best, or a number."),
+    click.option(
+        "--grid",
+        shell_complete=complete.parts("grid"),
+        help="Where a solver stops; else as the run says.",
+    ),
+    click.option(
+        "--threshold", shell_complete=complete.parts("threshold"), help="Else as the run says."
+    ),
+    click.option(
+        "--checkpoint",
+        default="latest",
+        show_default=True,
+        shell_complete=complete.checkpoints,
+        help="Or best, or a number.",
+    ),
     click.option("--batch-size", "--batch_size", type=click.IntRange(1), help="Images at a time."),
     click.option("--device", default="auto", show_default=True),
 )

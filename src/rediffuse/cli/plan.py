@@ -1,11 +1,11 @@
 """`rediffuse plan`."""
 
-import json
 from pathlib import Path
 
 import click
 
 from rediffuse.cli import options
+from rediffuse.words import json_text
 
 
 @click.command(context_settings=options.WORDS)
@@ -20,12 +20,13 @@ def plan(words: tuple[str, ...], file: Path | None, as_json: bool, root: Path | 
     seconds of them; no run is made.
 
     \b
-    rediffuse plan experiment=mnist
-    rediffuse plan experiment=folder64 data.path=my/images training.batch_size=auto
+    Examples:
+      rediffuse plan experiment=mnist
+      rediffuse plan experiment=folder64 data.path=DIR training.batch_size=auto
     """
     from rediffuse import overview
     from rediffuse.config.compose import compose
     from rediffuse.plan import plan as planned
 
     facts = planned(compose(list(words), file), root=root)
-    click.echo(json.dumps(facts, indent=1)) if as_json else overview.print_facts(facts)
+    click.echo(json_text(facts)) if as_json else overview.print_facts(facts)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@options.run
+@options.run_id
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -32,7 +32,11 @@ from rediffuse.cli import options
     help="Images per solver.",
 )
 @click.option(
-    "--solver", "solvers", multiple=True, help="Put side by side; repeat it: 'heun churn=40'."
+    "--solver",
+    "solvers",
+    multiple=True,
+    help="Put side by side; repeat it: 'heun churn=40'.",
+    shell_complete=complete.parts("solver"),
 )
 @click.option("--steps", type=click.IntRange(1), help="Of the solvers; else as the run samples.")
 @click.option(
@@ -43,7 +47,11 @@ from rediffuse.cli import options
     help="Another set of images.",
 )
 @click.option(
-    "--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number."
+    "--checkpoint",
+    default="latest",
+    show_default=True,
+    shell_complete=complete.checkpoints,
+    help="latest, best, or a step's number.",
 )
 @options.root
 @options.trust
@@ -53,9 +61,10 @@ def report(run_id: str | None, option: str | None, no_images: bool, **how: objec
     It holds everything that it shows, loads nothing and runs nothing.
 
     \b
-    rediffuse report 3f2a91
-    rediffuse report 3f2a91 --output page.html --no-images
-    rediffuse report 3f2a91 --solver ddim --solver "heun churn=10" --steps 10
+    Examples:
+      rediffuse report 3f2a91
+      rediffuse report 3f2a91 --output page.html --no-images
+      rediffuse report 3f2a91 --solver ddim --solver "heun churn=10" --steps 10
     """
     from rediffuse.report import run
 

@@ -8,8 +8,8 @@ from rediffuse.cli import options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@options.run
+@options.run_id
 @click.option("--steps", type=click.IntRange(1), help="Only so many; else as far as it has come.")
 @click.option("--keep", is_flag=True, help="Keep the copy as a run of its own.")
 @click.option(
@@ -18,6 +18,7 @@ from rediffuse.cli import options
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the copy is trained; else beside the run.",
 )
+@options.json_output
 @options.root
 @options.trust
 def reproduce(
@@ -26,6 +27,7 @@ def reproduce(
     steps: int | None,
     keep: bool,
     root_for_copy: Path | None,
+    as_json: bool,
     root: Path | None,
     trust: tuple[str, ...],
 ) -> int:
@@ -34,12 +36,19 @@ def reproduce(
     Says PASS, or where they part, in what, and what differs between then and now (exit code 1).
 
     \b
-    rediffuse reproduce 3f2a91 --steps 8
-    rediffuse reproduce 3f2a91 --keep
+    Examples:
+      rediffuse reproduce 3f2a91 --steps 8
+      rediffuse reproduce 3f2a91 --keep
     """
     from rediffuse import reproduce as again
 
     word = options.run_argument(run_id, option)
     return again.reproduce(
-        word, steps=steps, keep=keep, root=root, copy_root=root_for_copy, trusted=trust
+        word,
+        steps=steps,
+        keep=keep,
+        root=root,
+        copy_root=root_for_copy,
+        trusted=trust,
+        as_json=as_json,
     )

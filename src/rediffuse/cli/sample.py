@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
+@options.run
+@options.run_id
 @click.option(
     "--n", "--num-samples", "--num_samples", "count", type=click.IntRange(1), help="How many."
 )
@@ -24,6 +24,7 @@ from rediffuse.cli import options
 @click.option("--class", "class_name", help="All of one class; else they take turns.")
 @click.option(
     "--guidance",
+    shell_complete=complete.parts("guidance"),
     help="0 unconditional, 1 conditional, above 1 guided (w + 1); or 'projected scale=3'.",
 )
 @click.option(
@@ -32,9 +33,21 @@ from rediffuse.cli import options
     metavar="[RUN:]CHECKPOINT",
     help="Guide away from a weaker model: an earlier checkpoint, or another run's.",
 )
-@click.option("--solver", help="unipc, dpmpp_2m, heun, ancestral ...; or 'heun churn=40'.")
-@click.option("--grid", help="Where it stops: trailing, karras, log_snr ...")
-@click.option("--threshold", help="Hold x_0 in range: clipping, dynamic_thresholding, none.")
+@click.option(
+    "--solver",
+    shell_complete=complete.parts("solver"),
+    help="unipc, dpmpp_2m, heun, ancestral ...; or 'heun churn=40'.",
+)
+@click.option(
+    "--grid",
+    shell_complete=complete.parts("grid"),
+    help="Where it stops: trailing, karras, log_snr ...",
+)
+@click.option(
+    "--threshold",
+    shell_complete=complete.parts("threshold"),
+    help="Hold x_0 in range: clipping, dynamic_thresholding, none.",
+)
 @click.option("--steps", type=click.IntRange(1), help="How many stops.")
 @click.option(
     "--input",
@@ -62,7 +75,11 @@ from rediffuse.cli import options
     "--weights", type=click.Choice(["average", "raw"]), default="average", show_default=True
 )
 @click.option(
-    "--checkpoint", default="latest", show_default=True, help="latest, best, or a step's number."
+    "--checkpoint",
+    default="latest",
+    show_default=True,
+    shell_complete=complete.checkpoints,
+    help="latest, best, or a step's number.",
 )
 @click.option(
     "--batch-size", "--batch_size", type=click.IntRange(1), help="Else as many as memory allows."
@@ -83,11 +100,12 @@ def sample(run_id: str | None, option: str | None, **how: object) -> int:
     RUN_ID, or the first 6 digits of it, is all that it needs.
 
     \b
-    rediffuse sample 3f2a91
-    rediffuse sample 3f2a91 --n 16 --class cat --guidance 3
-    rediffuse sample 3f2a91 --seeds 0-63 --solver heun --steps 18
-    rediffuse sample 3f2a91 --input cat.png --mask hole.png --resamplings 10
-    rediffuse sample 3f2a91 --interpolate 3,13 --n 9 --film
+    Examples:
+      rediffuse sample 3f2a91
+      rediffuse sample 3f2a91 --n 16 --class cat --guidance 3
+      rediffuse sample 3f2a91 --seeds 0-63 --solver heun --steps 18
+      rediffuse sample 3f2a91 --input cat.png --mask hole.png --resamplings 10
+      rediffuse sample 3f2a91 --interpolate 3,13 --n 9 --film
     """
     from rediffuse import gallery
 

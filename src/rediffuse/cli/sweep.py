@@ -2,13 +2,18 @@
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command()
-@click.argument("run_id", required=False)
-@click.option("--run-id", "--run_id", "option", help="The same as RUN_ID.")
-@click.option("--solver", "solvers", help="unipc,dpmpp_2m,ancestral@1000: @ is its own --steps.")
+@options.run
+@options.run_id
+@click.option(
+    "--solver",
+    "solvers",
+    help="unipc,dpmpp_2m,ancestral@1000: @ is its own --steps.",
+    shell_complete=complete.parts("solver", lists=True),
+)
 @click.option("--steps", help="10,20,50.")
 @click.option("--guidance", help="1,2,3.")
 @click.option("--weights", help="average,raw.")
@@ -34,9 +39,10 @@ def sweep(
     what is missing.
 
     \b
-    rediffuse sweep 3f2a91 --solver unipc,dpmpp_2m,ddim --steps 5,10,20
-    rediffuse sweep 3f2a91 --guidance 1,1.5,2,3 --n 5000
-    rediffuse sweep 3f2a91 --solver unipc,ancestral@1000 --steps 10,20 --weights average,raw
+    Examples:
+      rediffuse sweep 3f2a91 --solver unipc,dpmpp_2m,ddim --steps 5,10,20
+      rediffuse sweep 3f2a91 --guidance 1,1.5,2,3 --n 5000
+      rediffuse sweep 3f2a91 --solver unipc,ancestral@1000 --weights average,raw
     """
     from rediffuse import sweep as door
     from rediffuse.evaluate import Asked

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rediffuse.cli import options
+from rediffuse.cli import complete, options
 
 
 @click.command(context_settings=options.WORDS)
@@ -30,12 +30,13 @@ def train(
     """Train a model; every KEY of the configuration can be set, and every group (`schedule=flow`).
 
     \b
-    rediffuse train
-    rediffuse train experiment=mnist training.epochs=5 --learning_rate 1e-3
-    rediffuse train experiment=folder64 data.path=my/images data.on_broken=skip
-    rediffuse train schedule=flow target=flow times=uniform -m seed=0,1,2
-    rediffuse train resume_from_run_id=ID training.epochs=200    the same as `resume ID`
-    rediffuse train --show-config                                every key with its value
+    Examples:
+      rediffuse train
+      rediffuse train experiment=mnist training.epochs=5 --learning_rate 1e-3
+      rediffuse train experiment=folder64 data.path=my/images data.on_broken=skip
+      rediffuse train schedule=flow target=flow times=uniform -m seed=0,1,2
+      rediffuse train resume_from_run_id=ID training.epochs=200
+      rediffuse train --show-config    every key with its value
     """
     if multirun:
         return _train_each(words, file, name, root)
@@ -53,7 +54,7 @@ def train(
 
 
 @click.command(context_settings=options.WORDS)
-@click.argument("run_id")
+@click.argument("run_id", shell_complete=complete.run_ids)
 @options.words
 @options.root
 @options.trust
@@ -64,8 +65,9 @@ def resume(run_id: str, words: tuple[str, ...], root: Path | None, trust: tuple[
     recorded; network, schedule, target and data may not.
 
     \b
-    rediffuse resume 3f2a91
-    rediffuse resume 3f2a91 training.epochs=200
+    Examples:
+      rediffuse resume 3f2a91
+      rediffuse resume 3f2a91 training.epochs=200
     """
     from rediffuse import launch
 

@@ -29,6 +29,7 @@ from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
 from rediffuse.data.sources import Broken, Example, Examples, FileExamples, Source
 from rediffuse.errors import DataError
+from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 
 FORMAT = 1
@@ -338,12 +339,17 @@ def _remove(*folders: Path) -> None:
 
 @contextmanager
 def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar, on a terminal, for what takes longer than two seconds."""
-    from tqdm import tqdm
+    """What is told how many more images are packed, and shows it."""
+    seen = 0
 
-    disable = None if progress else True
-    with tqdm(total=total, desc="packing", unit=" images", delay=2, disable=disable) as bar:
-        yield bar.update
+    def more(count: int) -> None:
+        nonlocal seen
+        seen += count
+        if progress:
+            bar.move(seen)
+
+    with Progress(total, "images packed") as bar:
+        yield more
 
 
 @contextmanager

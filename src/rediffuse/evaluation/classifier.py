@@ -128,7 +128,7 @@ def train_classifier(
     _check(images, labels, num_classes)
     held_out, kept = _parted(len(images), seed)
     classes = _TURNS if labels is None else num_classes
-    images_seen = images_seen or _enough(len(images))
+    images_seen = images_seen or enough(len(images))
     training = _fit(images, labels, kept, classes, seed, images_seen, batch_size, device, tell)
     facts = {
         "image": list(images.shape[1:]),
@@ -158,6 +158,7 @@ def classification_accuracy_score(
     images_seen: int | None = None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
+    tell: Callable[[int], object] = lambda images_seen: None,
 ) -> float:
     """Train the same classifier on samples, and test it on real images (Ravuri & Vinyals 2019).
 
@@ -172,8 +173,8 @@ def classification_accuracy_score(
     if samples.shape[1:] != images.shape[1:]:
         raise DataError(f"samples of {samples.shape[1:]} cannot teach about {images.shape[1:]}")
     rows = np.arange(len(samples))
-    images_seen = images_seen or _enough(len(samples))
-    network = _fit(samples, sampled, rows, num_classes, seed, images_seen, batch_size, device)
+    images_seen = images_seen or enough(len(samples))
+    network = _fit(samples, sampled, rows, num_classes, seed, images_seen, batch_size, device, tell)
     return _accuracy(network, images, labels, np.arange(len(images)))
 
 
@@ -227,8 +228,11 @@ def _check(images: Images, labels: Labels | None, num_classes: int) -> None:
         )
 
 
-def _enough(images: int) -> int:
-    """98.3 % for 1,797 digits of 8 x 8, in seconds; a minute or two for MNIST's 60,000."""
+def enough(images: int) -> int:
+    """How many images to learn from, where so many are given, unless it is said.
+
+    98.3 % for 1,797 digits of 8 x 8, in seconds; a minute or two for MNIST's 60,000.
+    """
     return min(40_000, max(5_000, 6 * images))
 
 

@@ -8,7 +8,7 @@ brings its own tolerance, in the units of its own detail, and what was altered s
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -57,22 +57,41 @@ class Link(NamedTuple):
     kind: str
 
 
-def find(images: Pixels, *, mirrored: bool = True) -> Found:
-    """Find every group of duplicates, and make one of groups that share an image."""
+def find(
+    images: Pixels,
+    *,
+    mirrored: bool = True,
+    done: Callable[[int], object] = lambda count: None,
+) -> Found:
+    """Find every group of duplicates, and make one of groups that share an image.
+
+    All images are gone through `rounds(mirrored)` times; `done` is told how many are behind.
+    """
     same = _same(images)
     leaders = same.unique()
     distinct = images[leaders]
-    tolerance = _MARGIN * altered(distinct)
+    tolerance, behind = _MARGIN * altered(distinct), 0
     links = [
         Link(row, leader, 0.0, "same") for row, leader in enumerate(same.tolist()) if row != leader
     ]
     for kind, others in (("near", distinct), ("mirrored", distinct.flip(-1))):
         if kind == "near" or mirrored:
-            pairs = _near(distinct, others, tolerance)
+            pairs = _near(distinct, others, tolerance, partial(_after, done, behind))
+            behind += len(images)
             ends = (leaders[pairs.first].tolist(), leaders[pairs.second].tolist())
             apart = pairs.distances.tolist()
             links += [Link(i, j, d, kind) for i, j, d in zip(*ends, apart, strict=True)]
-    return Found(_groups(len(images), links), expected_false(distinct, tolerance))
+    false = expected_false(distinct, tolerance, partial(_after, done, behind))
+    return Found(_groups(len(images), links), false)
+
+
+def rounds(mirrored: bool) -> int:
+    """How often all images are gone through."""
+    return 3 if mirrored else 2
+
+
+def _after(done: Callable[[int], object], behind: int, count: int) -> None:
+    done(behind + count)
 
 
 def altered(images: Pixels) -> Float64[Tensor, " images"]:
@@ -84,7 +103,11 @@ def altered(images: Pixels) -> Float64[Tensor, " images"]:
     return torch.maximum(*made)
 
 
-def expected_false(images: Pixels, tolerance: Float64[Tensor, " images"]) -> float:
+def expected_false(
+    images: Pixels,
+    tolerance: Float64[Tensor, " images"],
+    done: Callable[[int], object] = lambda count: None,
+) -> float:
     """How many images have a near one by chance, going by those whose nearest is not near.
 
     The distance to the nearest, in tolerances, is taken to have a power law for its lower tail, as
@@ -93,7 +116,7 @@ def expected_false(images: Pixels, tolerance: Float64[Tensor, " images"]) -> flo
     """
     if len(images) < 2:
         return 0.0
-    found = nearest_others(_even(images))
+    found = nearest_others(_even(images), done=done)
     apart = found.distances[:, 0] / math.sqrt(images[0].numel())
     scaled = apart / torch.maximum(tolerance, tolerance[found.rows[:, 0]])
     beyond = scaled[scaled > 1].sort().values
@@ -125,13 +148,15 @@ def _same(images: Pixels) -> Tensor:
     return torch.tensor([first.setdefault(digest, i) for i, digest in enumerate(digests)])
 
 
-def _near(images: Pixels, others: Pixels, tolerance: Tensor) -> Pairs:
+def _near(
+    images: Pixels, others: Pixels, tolerance: Tensor, done: Callable[[int], object]
+) -> Pairs:
     """Every pair i < j within the tolerance of either, with distances in levels."""
     a, b = _even(images), _even(others)
     scale = math.sqrt(images[0].numel())
     radius = float(tolerance.max()) * scale
     # Sums over blocks lie no farther apart than what is summed, and are few.
-    maybe = pairs_within(_sketch(a), _sketch(b), radius, ordered=True)
+    maybe = pairs_within(_sketch(a), _sketch(b), radius, ordered=True, done=done)
     apart = between(a, maybe.first, b, maybe.second) / scale
     near = apart <= torch.maximum(tolerance[maybe.first], tolerance[maybe.second])
     return Pairs(maybe.first[near], maybe.second[near], apart[near])

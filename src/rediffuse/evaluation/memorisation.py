@@ -7,6 +7,7 @@ ratio of held-out images, of which it is known that they are no copies.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,8 +58,10 @@ class Verdict(NamedTuple):
     alarm: bool
 
 
-def nearness(images: Vectors, training: Vectors) -> Nearness:
-    """Measure how near images lie to a training set.
+def nearness(
+    images: Vectors, training: Vectors, done: Callable[[int], object] = lambda count: None
+) -> Nearness:
+    """Measure how near images lie to a training set; `done` is told how many are measured.
 
     Raises:
         ConfigError: for fewer than three training images.
@@ -68,7 +71,7 @@ def nearness(images: Vectors, training: Vectors) -> Nearness:
             f"{len(training)} training images are too few to tell a copy from a neighbour; it "
             "takes 3 or more"
         )
-    found = nearest(images, training, min(AROUND, len(training)))
+    found = nearest(images, training, min(AROUND, len(training)), done)
     first, second = found.distances[:, 0], found.distances[:, 1]
     return Nearness(
         first / math.sqrt(images[0].numel()),

@@ -4,7 +4,7 @@ Blocks of distances come from one float32 product; what they name is measured ag
 what their rounding might have hidden is looked for again in float64.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,8 +38,15 @@ _AT_ONCE = 2**24  # values that are measured in float64 at a time
 _MOST_PAIRS = 50_000_000
 
 
-def nearest(queries: Vectors, keys: Vectors, k: int = 1) -> Neighbours:
+def nearest(
+    queries: Vectors,
+    keys: Vectors,
+    k: int = 1,
+    done: Callable[[int], object] = lambda count: None,
+) -> Neighbours:
     """Find the k nearest keys of each query; equal distances go by row.
+
+    `done` is told how many queries are answered.
 
     Raises:
         DataError: for more neighbours than there are keys.
@@ -48,29 +55,44 @@ def nearest(queries: Vectors, keys: Vectors, k: int = 1) -> Neighbours:
         raise DataError(f"{k} nearest of {len(keys)} images: there are not so many")
     queries, keys = queries.flatten(1), keys.flatten(1)
     centre = _mean(keys)
-    found = [_nearest(block, keys, centre, k) for block in queries.split(_QUERIES)]
+    found, answered = [], 0
+    for block in queries.split(_QUERIES):
+        found.append(_nearest(block, keys, centre, k))
+        done(answered := answered + len(block))
     distances, rows = zip(*found, strict=True)
     return Neighbours(torch.cat(distances), torch.cat(rows))
 
 
-def nearest_others(vectors: Vectors, k: int = 1) -> Neighbours:
-    """Find the k nearest of all other rows of the same set."""
-    found = nearest(vectors, vectors, k + 1)
+def nearest_others(
+    vectors: Vectors, k: int = 1, done: Callable[[int], object] = lambda count: None
+) -> Neighbours:
+    """Find the k nearest of all other rows of the same set; `done` is as in `nearest`."""
+    found = nearest(vectors, vectors, k + 1, done)
     others = found.rows != torch.arange(len(vectors))[:, None]
     others[others.all(dim=1), -1] = False  # k + 1 equal ones, and itself not among them
     shape = (len(vectors), k)
     return Neighbours(found.distances[others].view(shape), found.rows[others].view(shape))
 
 
-def pairs_within(a: Vectors, b: Vectors, radius: float, *, ordered: bool = False) -> Pairs:
+def pairs_within(
+    a: Vectors,
+    b: Vectors,
+    radius: float,
+    *,
+    ordered: bool = False,
+    done: Callable[[int], object] = lambda count: None,
+) -> Pairs:
     """Find every (i, j) with |a_i - b_j| <= radius; `ordered` leaves out those with j <= i.
+
+    `done` is told how many rows of a were compared with some of b.
 
     Raises:
         DataError: where there are more than 50 million.
     """
     a, b = a.flatten(1), b.flatten(1)
     centre, found, count = _mean(b), [], 0
-    for rows, columns in _candidates(a, b, centre, radius, ordered):
+    for top, rows, columns in _candidates(a, b, centre, radius, ordered):
+        done(top)
         distances = between(a, rows, b, columns)
         near = distances <= radius
         found.append(Pairs(rows[near], columns[near], distances[near]))
@@ -139,8 +161,8 @@ def _first(distances: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _candidates(
     a: Tensor, b: Tensor, centre: Tensor, radius: float, ordered: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs that may lie within the radius, block by block."""
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Pairs that may lie within the radius, block by block, after the first row of each."""
     for top in range(0, len(a), _QUERIES):
         x = _centred(a[top : top + _QUERIES], centre)
         own = x.square().sum(dim=1, keepdim=True)
@@ -153,7 +175,7 @@ def _candidates(
             rows, columns = (own + lengths - 2 * x @ y.T <= limit).nonzero().unbind(1)
             rows, columns = rows + top, columns + left
             kept = columns > rows if ordered else slice(None)
-            yield rows[kept], columns[kept]
+            yield top, rows[kept], columns[kept]
 
 
 def _slack(x: Tensor, longest: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from rediffuse import plots
 from rediffuse.config.schema import Config, Sampling
@@ -22,6 +21,7 @@ from rediffuse.legality import check_sampling
 from rediffuse.models import Model
 from rediffuse.pictures import Pixels, enlarged, film, grid, png
 from rediffuse.process import Schedule
+from rediffuse.progress import Progress
 from rediffuse.report.page import Picture, Section, figure
 from rediffuse.tensors import expand
 
@@ -202,7 +202,9 @@ def samplers(
     own, numbers = model.config.sampling, tuple(range(count))
     rows, labels, notes = [], [], []
     asked: list[str | None] = [*names] or [None, *(n for n in SOLVERS if n != own.solver.name)]
-    for name in tqdm(asked, unit="solver", leave=False, disable=None):
+    bar = Progress(len(asked), "solvers")
+    for k, name in enumerate(asked):
+        bar.move(k)
         try:
             how = wanted(own, Options(solver=name, steps=steps))
             check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
@@ -217,6 +219,7 @@ def samplers(
             continue
         rows.append(drawn.images)
         labels.append(f"{how.solver.name}, {drawn.evaluations} eval.")
+    bar.close()
     title = "Solvers"
     if not rows:
         return Section(title, notes=notes)

@@ -1,12 +1,9 @@
 """One run: gather what it left, draw what its model draws, and write the page."""
 
-import shlex
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from sys import stderr
 from typing import Any
 
 import torch
@@ -96,8 +93,7 @@ def _model(run: Run, asked: Asked) -> tuple[Model | None, str]:
     if not any(run.checkpoints.glob("step-*")):
         return None, "There is no checkpoint yet to draw with."
     try:
-        with redirect_stdout(stderr):  # what it tells of broken checkpoints
-            return load(run.directory, which=asked.checkpoint, trusted=asked.trust), ""
+        return load(run.directory, which=asked.checkpoint, trusted=asked.trust), ""
     except RediffuseError as refused:
         if asked.checkpoint != "latest":
             raise
@@ -156,10 +152,8 @@ def _commands(run: Run, facts: Facts, config: Config) -> dict[str, str]:
         longer(run, config) if facts["status"] == "FINISHED" else f"rediffuse resume {run.id}"
     )
     found = {"resume": going_on, "sample": f"rediffuse sample {run.id}"}
-    program, *words = facts["command"] or [""]
-    if words:
-        found["was started by"] = shlex.join([Path(program).stem.replace("__main__", "rediffuse"),
-                                              *words])  # fmt: skip
+    if len(facts["command"]) > 1:
+        found["was started by"] = overview.command_line(facts["command"])
     return found
 
 

@@ -259,6 +259,14 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
         return client, client.create_experiment(experiment, artifact_location=artifacts)
 
 
+def experiments(root: Path) -> int:
+    """How many experiments `<root>/mlflow.db` has; whatever MLflow raises, if it is damaged."""
+    _import()
+    from mlflow.tracking import MlflowClient
+
+    return len(MlflowClient(_address(root.resolve() / "mlflow.db")).search_experiments())
+
+
 def _saved(
     data: Path, folder: Path, left_open: Mapping[str, Any], run_id: str, record: Any
 ) -> Path:

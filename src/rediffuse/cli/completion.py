@@ -1,0 +1,29 @@
+"""`rediffuse completion`."""
+
+import click
+from click.shell_completion import get_completion_class
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print what makes SHELL complete commands, options, run ids, parts and keys.
+
+    bash and zsh read it with eval "$(rediffuse completion bash)", in ~/.bashrc or ~/.zshrc.
+
+    \b
+    Examples:
+      rediffuse completion bash > ~/.rediffuse.bash
+      rediffuse completion zsh > ~/.zfunc/_rediffuse
+      rediffuse completion fish > ~/.config/fish/completions/rediffuse.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind
+    script = kind(ctx.find_root().command, {}, "rediffuse", "_REDIFFUSE_COMPLETE").source()
+    click.echo(script.replace(_END_OF_BASH, _NO_SPACE + _END_OF_BASH))
+
+
+_END_OF_BASH = "    return 0\n"
+_NO_SPACE = "    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace\n"
+"""After a key and its =, the value follows at once."""
