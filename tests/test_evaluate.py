@@ -17,6 +17,7 @@ from PIL import Image
 from rediffuse import evaluate as door
 from rediffuse import gallery, launch, overview, references, runs
 from rediffuse.config.compose import compose
+from rediffuse.drawing import Job, share
 from rediffuse.errors import ConfigError, DataError, RunError
 from rediffuse.evaluate import Asked, Evaluation
 from rediffuse.evaluation.card import Card
@@ -144,6 +145,17 @@ def test_chunks_are_the_same_whatever_the_batches() -> None:
         assert np.array_equal(np.concatenate(chunks), images)
 
 
+@pytest.mark.parametrize("count", [1, 64, 130, 512])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_processes_share_whole_chunks_in_order(count: int, ranks: int) -> None:
+    job = Job(tuple(range(5, 5 + count)), tuple(j % 10 for j in range(count)))
+    parts = [share(job, rank, ranks, 64) for rank in range(ranks)]
+    assert sum((part.images for part in parts), ()) == job.images
+    assert sum((part.classes or () for part in parts), ()) == job.classes
+    assert all(len(part.images) % 64 == 0 for part in parts[:-1])
+    assert max(len(part.images) for part in parts) - min(len(part.images) for part in parts) <= 64
+
+
 def test_a_floor_takes_the_first_real_images_with_as_many_of_each_class() -> None:
     labels, classes = torch.tensor([0, 0, 1, 2, 1, 2, 0, 1, 2, 2]), torch.tensor([2, 1, 2, 0])
     rows = rows_of_classes(labels, classes)
@@ -173,6 +185,26 @@ def test_evaluations_count_what_the_network_was_asked(trained: tuple[Path, str])
         assert cost.evaluations == asked
 
 
+def test_a_weaker_guide_is_counted_too(trained: tuple[Path, str]) -> None:
+    cost = evaluated(trained, solver="ddim", steps=3, guidance="2", guide_by="latest").cost
+    assert cost
+    assert cost.evaluations == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (Asked(metrics=("cas",)), "needs --cas"),
+        (Asked(metrics=("bits",)), "needs --likelihood N"),
+        (Asked(metrics=("fd",), features=("inception",)), "never Inception's"),
+        (Asked(metrics=("agreement",), features=("inception",)), "the classifier's"),
+    ],
+)
+def test_metrics_that_nothing_would_find_are_refused(asked: Asked, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        door.check_metrics(asked)
+
+
 def test_what_was_found_before_is_told_and_not_drawn_again(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,7 +228,7 @@ def test_figures_are_metrics_of_the_run_and_shown_with_it(trained: tuple[Path, s
     root, run = trained
     found = evaluated(trained, seed=5)
     rows = [json.loads(line) for line in (root / run / "metrics.jsonl").read_text().splitlines()]
-    name = "evaluation/fd_classifier_40/dpmpp_2m-2-g1-average"
+    name = "evaluation/fd_classifier_40/dpmpp_2m-2-g1-seed5-average"
     assert rows[-1][name] == found.figures[0].value
     assert rows[-1]["images"] == 480
     facts = overview.full(runs.find_run(root, run))

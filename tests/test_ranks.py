@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli import TINY, rediffuse, run_id
@@ -25,7 +26,7 @@ def test_two_processes_draw_and_judge_as_one(tmp_path: Path) -> None:
     words = [*TINY, "training.images=480", "device=cpu", "threads=1"]
     run = run_id(rediffuse("train", *words, root=tmp_path))
     sample = ["sample", run, "--seeds", "3-26", "--device", "cpu", "--output-dir"]
-    judge = ["evaluate", run, "--num-samples", "144", "--allow-small-n", "--json", "--again"]
+    judge = ["evaluate", run, "--allow-small-n", "--json", "--device", "cpu", "--num-samples"]
     alone, together = tmp_path / "alone", tmp_path / "together"
     rediffuse(*sample, str(alone), root=tmp_path)
     in_two(*sample, str(together), root=tmp_path)
@@ -33,11 +34,21 @@ def test_two_processes_draw_and_judge_as_one(tmp_path: Path) -> None:
     assert len(pictures) == 25
     for name in pictures:
         assert (together / name).read_bytes() == (alone / name).read_bytes(), name
-    of_one = json.loads(rediffuse(*judge, root=tmp_path).stdout)
-    told = in_two(*judge, root=tmp_path)
-    of_two, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])  # Gloo prints there, too
-    assert of_two["figures"] == of_one["figures"]
-    assert of_two["cost"]["evaluations"] == of_one["cost"]["evaluations"]
+    for count in ("144", "40"):  # the first of two has none of 40, as one looks at 64 at once
+        of_one = json.loads(rediffuse(*judge, count, root=tmp_path).stdout)
+        kept = first_object(in_two(*judge, count, root=tmp_path))
+        again = first_object(in_two(*judge, count, "--again", root=tmp_path))
+        assert kept == of_one
+        assert again["figures"] == of_one["figures"]
+        assert again["created"] != of_one["created"]
+        assert again["cost"]["evaluations"] == of_one["cost"]["evaluations"]
+
+
+def first_object(told: str) -> dict[str, Any]:
+    """JSON among what Gloo prints there, too."""
+    found: dict[str, Any]
+    found, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])
+    return found
 
 
 def in_two(*words: str, root: Path) -> str:

@@ -131,6 +131,12 @@ def test_a_killed_sweep_draws_only_what_is_missing_and_finds_the_same(
         assert picture.width > 500
 
 
+def test_what_is_better_when_it_is_more_cannot_rank_a_sweep(trained: tuple[Path, str]) -> None:
+    root, run = trained
+    with pytest.raises(ConfigError, match="less is better"):
+        door.sweep(run, Options(root), Axes(), Asked(metrics=("precision",)))
+
+
 def test_a_combination_that_cannot_work_is_refused_before_any_is_drawn(
     trained: tuple[Path, str],
 ) -> None:

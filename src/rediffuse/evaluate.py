@@ -38,7 +38,6 @@ from rediffuse.runs import Run, locked, runs_root
 from rediffuse.session import say, trackers_of
 from rediffuse.tracking.journal import replay
 from rediffuse.tracking.jsonl import append_metrics, read_metrics, write_atomically
-from rediffuse.training import checkpoint
 from rediffuse.training.devices import Devices, choose
 from rediffuse.words import did_you_mean, json_text, tell
 
@@ -122,8 +121,7 @@ def evaluate(word: str, options: Options, asked: Asked) -> int:
         study = study_of(run, model, asked)
         count = options.count or (None if options.seeds else study.usual_n)
         job = wanted_job(model, replace(options, count=count))
-        if not asked.allow_small_n:
-            study.check(len(job.images))
+        check_job(job, study, asked)
         found = [judged(run, model, how, job, study, devices, again=asked.again)]
         if not devices.is_main:
             return 0
@@ -159,12 +157,39 @@ def evaluate_given(
     return 0
 
 
-def check_metrics(asked: Asked) -> None:
-    """Refuse names that no figure has.
+def check_job(job: Job, study: Study, asked: Asked) -> None:
+    """Refuse what would be found out only when all is drawn.
 
     Raises:
-        ConfigError: naming those that there are.
+        ConfigError: saying what is missing.
     """
+    if not asked.allow_small_n:
+        study.check(len(job.images))
+    if asked.accuracy_score:
+        study.check_accuracy_score(job.classes is not None)
+    if asked.likelihood:
+        study.unseen()
+
+
+def check_metrics(asked: Asked) -> None:
+    """Refuse names that no figure has, or none of those that are asked for.
+
+    Raises:
+        ConfigError: naming those that there are, or what else is needed.
+    """
+    for name, given in (("cas", asked.accuracy_score), ("bits", asked.likelihood)):
+        if name in asked.metrics and not given:
+            option = {"cas": "--cas", "bits": "--likelihood N"}[name]
+            raise ConfigError(f"--metric {name} needs {option}, too: it takes longer than the rest")
+    others = [name for name in asked.features if name != INCEPTION]
+    for name in {*asked.metrics} & {"fd", "kd"}:
+        if asked.features and not others:
+            raise ConfigError(
+                f"--metric {name} is never Inception's, whose figures are fid and kid; name "
+                "another network with --features"
+            )
+    if "agreement" in asked.metrics and asked.features and "classifier" not in asked.features:
+        raise ConfigError("--metric agreement is the classifier's; add --features classifier")
     known = (*_INCEPTIONS_OWN, *_METRICS)
     for name in asked.metrics:
         if name not in known:
@@ -253,8 +278,9 @@ def judged(
     checkpoint_name, weights = model.origin["checkpoint"], model.origin["weights"]
     name = f"{checkpoint_name}-{weights}-{how.solver.name}-{how.steps}-{short(count)}"
     file = folder(run) / f"{name}-{card.digest[:12]}.json"
-    if not again and (found := kept(file, card.digest)):
-        return found
+    there = None if again or not devices.is_main else kept(file, card.digest)
+    if known := [found for found in devices.everyones(there) if found]:  # all draw, or nobody does
+        return known[0]
     classes = None if job.classes is None else torch.tensor(job.classes)
     study.prepare(count, classes)
     score = study.with_accuracy_score
@@ -264,7 +290,9 @@ def judged(
     figures = tuple(study.figures(done.seen, card, classes))
     if done.pixels is not None:
         figures += (study.accuracy_score(done.pixels, card, classes),)
-    facts = _facts(run, model, f"{how.solver.name}-{how.steps}-g{scale:g}", began)
+    others = (f"seed{job.seed}" * (job.seed != 0), study.against.what.replace("train", ""))
+    way = "-".join(filter(None, (how.solver.name, str(how.steps), f"g{scale:g}", *others)))
+    facts = _facts(model, way, began)
     found = Evaluation(card.digest, figures, done.cost, facts)
     if devices.is_main:
         keep(file, found)
@@ -286,18 +314,17 @@ def likelihood(
     note(f"finding the bits per dimension of {count:,} {real.what} images")
     with Progress(count) as bar:
         figures = bits(model, real, card, bar.move)
-    found = Evaluation(card.digest, figures, None, _facts(run, model, "bits", began))
+    found = Evaluation(card.digest, figures, None, _facts(model, "bits", began))
     keep(file, found)
     return found
 
 
-def _facts(run: Run, model: Model, way: str, began: float) -> dict[str, Any]:
+def _facts(model: Model, way: str, began: float) -> dict[str, Any]:
     """What is kept beside figures; `way` is what their metrics are called after."""
     assert model.origin
-    at = run.checkpoints / model.origin["checkpoint"]
     return {
         **model.origin,
-        "images_seen": checkpoint.facts(at)["images_seen"],
+        "images_seen": model.images_seen,
         "way": f"{way}-{model.origin['weights']}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 3),
@@ -319,7 +346,7 @@ def samples(model: Model, how: Sampling, job: Job) -> dict[str, Any]:
         "images": numbers,
         "classes": classes,
         "weaker": job.weaker.origin if job.weaker else None,
-        "precision": config.training.precision,
+        "precision": str(model.precision).removeprefix("torch."),
         "compiled": bool(config.training.compile),
         "determinism": config.determinism,
         "device": model.device.type,

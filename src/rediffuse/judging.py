@@ -25,9 +25,11 @@ from rediffuse.evaluation.classifier import Labels, classification_accuracy_scor
 from rediffuse.evaluation.features import Features, Seen
 from rediffuse.evaluation.figures import Figure, Floor, spread_of, with_n
 from rediffuse.evaluation.frechet import frechet_distance
+from rediffuse.evaluation.looking import full_precision
 from rediffuse.evaluation.measures import (
     BLOCKS,
     COLOUR,
+    INCEPTION,
     MEASURE,
     Reference,
     Sample,
@@ -117,8 +119,12 @@ def drawn(
     job = share(job, here.rank, here.ranks, CHUNK)
     if job.batch_size is None:
         job = replace(job, batch_size=_batch_size(model, how, job))
-    clock = Clock(model.denoiser.network)
-    timed = replace(model, denoiser=replace(model.denoiser, network=clock))
+    clocks = [Clock(of.denoiser.network) for of in (model, job.weaker) if of]
+    timed, *weaker = (
+        replace(of, denoiser=replace(of.denoiser, network=clock))
+        for of, clock in zip(filter(None, (model, job.weaker)), clocks, strict=True)
+    )
+    job = replace(job, weaker=weaker[0] if weaker else None)
     began, asked = time.perf_counter(), 0
     held: list[Pixels] = []
 
@@ -134,9 +140,11 @@ def drawn(
         pixels = torch.from_numpy(chunk)
         return [features(pixels) for features in networks]
 
-    with ThreadPoolExecutor(1, "features") as pool:
+    # Who looks asks for full precision; what is drawn meanwhile must not depend on when.
+    with full_precision(), ThreadPoolExecutor(1, "features") as pool:
         answers = list(ahead(pool, look, in_chunks(batches(), CHUNK), 2))
-    everyones = here.everyones(_Share(answers, held, clock.rows, asked, clock.seconds))
+    rows, seconds = sum(c.rows for c in clocks), sum(c.seconds for c in clocks)
+    everyones = here.everyones(_Share(answers, held, rows, asked, seconds))
     answers = [answer for one in everyones for answer in one.answers]
     seen = {
         features.name: joined(answer)
@@ -264,8 +272,10 @@ class Study:
             reference, name = self.reference(features, self.against), features.name
             sample = Sample(seen[name], classes)
             many, few = MEASURE["kernel_subsets"], MEASURE["kernel_subsets_of_a_block"]
-            whole = measured(name, sample, reference, many)
-            each = [measured(name, part, reference, few) for part in sample.blocks(BLOCKS)]
+            trained = self._trained_on(features)
+            whole = measured(name, sample, reference, many, trained)
+            blocks = sample.blocks(BLOCKS)
+            each = [measured(name, block, reference, few, trained) for block in blocks]
             floors = self._floors_at(features, card.n, classes)
             for figure, value in whole.items():
                 parts = [values[figure] for values in each if figure in values]
@@ -301,9 +311,11 @@ class Study:
         Raises:
             ConfigError: if there are no classes.
         """
+        self.check_accuracy_score(classes is not None)
         test, train = self.unseen(), self._parts["train"]
-        if classes is None or train.labels is None or test.labels is None:
-            raise ConfigError("the classification accuracy score needs classes")
+        assert classes is not None
+        assert train.labels is not None
+        assert test.labels is not None
         several = len(train.packed.class_names)
         images, labels = test.part.images[test.rows], test.labels.numpy()
         count = min(card.n, len(train))
@@ -316,6 +328,16 @@ class Study:
         what = f"train images teach, {len(test):,} {test.what} ones test"
         return Figure("cas", score, card.through(), floor=Floor(real, count, what))
 
+    def check_accuracy_score(self, with_classes: bool) -> None:
+        """Refuse what has no classes, or no image to test with.
+
+        Raises:
+            ConfigError: saying which.
+        """
+        labels = (self.unseen().labels, self._parts["train"].labels)
+        if not with_classes or any(of is None for of in labels):
+            raise ConfigError("the classification accuracy score needs classes")
+
     def reference(self, features: Features, real: Real) -> Reference:
         """What a network saw of real images: remembered, or kept on the disk, or looked at now."""
         key = (features.name, real.what)
@@ -323,17 +345,23 @@ class Study:
             self._references[key] = looked_up(self._root, real, features, self._tell)
         return self._references[key]
 
+    def _trained_on(self, features: Features) -> Reference | None:
+        """What a network saw of the images that were trained on, where a figure asks for that."""
+        if features.name != INCEPTION or "train" not in self._parts:
+            return None
+        return self.reference(features, self._parts["train"])
+
     def _floors_at(self, features: Features, n: int, classes: Tensor | None) -> dict[str, Floor]:
         key = (features.name, n, () if classes is None else tuple(classes.bincount().tolist()))
         if key not in self._floors:
             real, against, told = self._apart(n)
             alike = rows_of_classes(real.labels, classes)
-            chosen = torch.arange(min(n, len(real))) if alike is None else alike
+            chosen = torch.arange(min(n, len(real), KEPT)) if alike is None else alike
             if alike is not None:
                 told = f"{told}, as many of each class"
             sample = self._of_real(features, real, chosen)
             reference, many = self.reference(features, against), MEASURE["kernel_subsets"]
-            values = measured(features.name, sample, reference, many)
+            values = measured(features.name, sample, reference, many, self._trained_on(features))
             self._floors[key] = {
                 name: Floor(value.value, value.n or len(sample), told)
                 for name, value in values.items()

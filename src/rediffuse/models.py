@@ -39,7 +39,8 @@ class Model:
     device: torch.device
     precision: torch.dtype = torch.float32
     trusted: tuple[str, ...] | None = None
-    origin: dict[str, str] | None = None  # of a run: its id, checkpoint and weights
+    origin: dict[str, str] | None = None  # of a run: its id, checkpoint and weights, and a digest
+    images_seen: int | None = None  # by those weights
 
     @property
     def null_class(self) -> int | None:
@@ -89,9 +90,14 @@ def load(
     denoiser = build.denoiser(config, network, trusted)
     if isinstance(denoiser.schedule, nn.Module):
         checkpoint.load_schedule(denoiser.schedule, chosen)
-    origin = {"run": run.id, "checkpoint": chosen.name, "weights": weights}
-    precision = _precision(config, chosen_device)
-    return Model(config, denoiser, names, chosen_device, precision, tuple(trusted), origin)
+    origin = {
+        "run": run.id,
+        "checkpoint": chosen.name,
+        "weights": weights,
+        "digest": checkpoint.digest_of_weights(chosen, weights)[:16],
+    }
+    precision, seen = _precision(config, chosen_device), checkpoint.facts(chosen)["images_seen"]
+    return Model(config, denoiser, names, chosen_device, precision, tuple(trusted), origin, seen)
 
 
 _WEIGHTS = ("average", "raw")

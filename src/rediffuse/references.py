@@ -296,6 +296,9 @@ def networks(
         RediffuseError: for what is not there, with what to do about it.
     """
     made = [_network(root, train, name, device, tell) for name in wanted or ("classifier",)]
+    names = [features.name for features in made]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two networks are called {twice[0]}; their figures would be, too")
     return [*made, Colours()]
 
 
@@ -312,10 +315,10 @@ def _network(
 def classifier_of(
     root: Path, train: Real, device: torch.device, tell: Callable[[str], None]
 ) -> Classifier:
-    """The classifier of a data set, or of its quarter turns where it has no classes.
+    """The classifier of a data set, or of its quarter turns where it has no two classes.
 
-    It is trained once, on all of the images, and kept in `<root>/evaluation/classifier-<digest>/`;
-    who wants the same at the same time waits.
+    It is trained once, on as many images as 2 GB hold, and kept in
+    `<root>/evaluation/classifier-<digest>/`; who wants the same at the same time waits.
 
     Raises:
         RediffuseError: if there are too few images, or it cannot be kept.
@@ -328,17 +331,18 @@ def classifier_of(
         "versions": versions(),
     }
     folder = home(root) / f"classifier-{digest_of(facts)}"
-    labels = None if train.labels is None else train.labels.numpy()
+    classes, rows = len(train.packed.class_names), train.rows[: _most(train)]
+    labels = None if train.part.labels is None or classes < 2 else train.part.labels[rows]
     with _alone_at(folder):
         with suppress(RunError):  # there is none yet, or it is damaged
             return load_classifier(folder, device)
-        tell(f"training a classifier on {len(train):,} {train.what} images, once; it is kept")
-        count = CLASSIFIER_IMAGES or enough(len(train))
+        tell(f"training a classifier on {len(rows):,} {train.what} images, once; it is kept")
+        count = CLASSIFIER_IMAGES or enough(len(rows))
         with Progress(count, "images learned from") as bar:
             found = train_classifier(
-                train.part.images[train.rows],
+                train.part.images[rows],
                 labels,
-                len(train.packed.class_names),
+                classes,
                 0,
                 images_seen=count,
                 device=device,
@@ -348,6 +352,13 @@ def classifier_of(
         save_classifier(found, folder)
     return found
 
+
+def _most(train: Real) -> int:
+    """How many images a classifier has room for; they are in a keyed order."""
+    return max(5_000, _MOST_BYTES // train.part.images[0].nbytes)
+
+
+_MOST_BYTES = 2_000_000_000
 
 CLASSIFIER_IMAGES: int | None = None
 """How many images a classifier sees until it is taken as trained; None: as many as it likes."""

@@ -24,6 +24,7 @@ from rediffuse.errors import ConfigError, RunError
 from rediffuse.evaluate import (
     Asked,
     Evaluation,
+    check_job,
     check_metrics,
     folder,
     judged,
@@ -32,6 +33,7 @@ from rediffuse.evaluate import (
     opened,
     print_table,
     record,
+    samples,
     study_of,
     way,
 )
@@ -135,9 +137,17 @@ def sweep(word: str, options: Options, axes: Axes, asked: Asked) -> int:
         RediffuseError: if the run, its images or a combination cannot be used; before one is drawn.
     """
     check_metrics(asked)
+    if more := sorted({*asked.metrics} & _MORE_IS_BETTER):
+        raise ConfigError(
+            f"--metric {more[0]}: combinations are compared by a distance, of which less is "
+            "better; every other figure of each is kept in evaluation/"
+        )
     devices, each = choose(options.device), axes.combinations(options)
     with devices.main_talks():
         return _sweep(find(word, options.root), options, each, asked, devices)
+
+
+_MORE_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "agreement", "cas", "bits"}
 
 
 def _sweep(
@@ -149,9 +159,10 @@ def _sweep(
     study = study_of(run, models[each[0].weights], asked)
     count = options.count or (None if options.seeds else min(1000, study.usual_n))
     cells = [_cell(models[how.weights], replace(how, count=count)) for how in each]
-    if not asked.allow_small_n:
-        study.check(len(cells[0].job.images))
-    rows = _filled(run, cells, study, devices, again=asked.again)
+    keys = [study.card(len(c.job.images), samples(c.model, c.how, c.job)).digest for c in cells]
+    cells = list(dict(zip(keys, cells, strict=True)).values())  # 1 and 1.0 are one guidance
+    check_job(cells[0].job, study, asked)
+    rows = _filled(run, cells, study, devices, asked)
     if not devices.is_main:
         return 0
     facts = summary(run, rows)
@@ -172,7 +183,7 @@ def _cell(model: Model, options: Options) -> Cell:
 
 
 def _filled(
-    run: Run, cells: Sequence[Cell], study: Study, devices: Devices, *, again: bool
+    run: Run, cells: Sequence[Cell], study: Study, devices: Devices, asked: Asked
 ) -> list[Row]:
     """Every cell's figures; those that were found before take no time."""
     rows: list[Row] = []
@@ -182,11 +193,8 @@ def _filled(
         start = time.perf_counter()
         of = cell.named
         name = f"{of['solver']} {of['steps']}, guidance {of['guidance']:g}, {of['weights']}"
-        rows.append(
-            Row(
-                cell.named, judged(run, cell.model, cell.how, cell.job, study, devices, again=again)
-            )
-        )
+        found = judged(run, cell.model, cell.how, cell.job, study, devices, again=asked.again)
+        rows.append(Row(cell.named, found.told(asked.metrics)))
         left -= cell.how.steps
         if time.perf_counter() - start > _NOTICED_S:
             spent += cell.how.steps

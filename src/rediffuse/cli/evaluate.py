@@ -80,6 +80,10 @@ def evaluate(
         word = run_id or option
         if word or images is None or reference is None:
             raise click.UsageError("give a run, or both --images and --reference")
+        if how["count"] or asked.accuracy_score or asked.likelihood:
+            raise click.UsageError(
+                "--n, --cas and --likelihood are of a run's images, not of given"
+            )
         root = how["root"]
         assert root is None or isinstance(root, Path)
         return judge.evaluate_given(images, reference, size, root, asked)

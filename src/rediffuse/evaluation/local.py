@@ -108,7 +108,7 @@ def _digest(files: list[Path]) -> str:
 
 def _name(directory: Path) -> str:
     name = re.sub(r"[^a-z0-9]+", "_", directory.resolve().name.lower()).strip("_")
-    if name in ("", "inception", "classifier", "turns"):
+    if name in ("", "inception", "classifier", "turns", "colour"):
         raise ConfigError(f"{directory}: call the directory after its model, e.g. dinov2")
     return name
 

@@ -39,7 +39,7 @@ MEASURE: dict[str, Any] = {
 }
 """The constants of what is measured here; every card has them."""
 
-INCEPTION, COLOUR = "inception", "colour"
+INCEPTION, CLASSIFIER, COLOUR = "inception", "classifier", "colour"
 
 
 class Value(NamedTuple):
@@ -113,8 +113,12 @@ def measured(
     sample: Sample,
     reference: Reference,
     kernel_subsets: int,
+    trained: Reference | None = None,
 ) -> dict[str, Value]:
-    """Every figure of a sample, by name; those that it is too small for are left out."""
+    """Every figure of a sample, by name; those that it is too small for are left out.
+
+    `trained` are the images that the model was trained on, where they are known.
+    """
     if features == COLOUR:
         return _colours(sample, reference)
     inception = features == INCEPTION
@@ -124,8 +128,8 @@ def measured(
     found |= _kernel("kid" if inception else f"kd_{features}", sample, reference, kernel_subsets)
     found |= _manifold(features, sample, reference)
     if inception:
-        found |= _of_inception(distance, sample, reference)
-    elif sample.seen.logits is not None and sample.classes is not None:
+        found |= _of_inception(distance, sample, reference, trained)
+    elif features == CLASSIFIER and sample.seen.logits is not None and sample.classes is not None:
         agreement = class_agreement(sample.seen.logits, sample.classes)
         found[f"agreement_{features}"] = Value(agreement.share)
     return found
@@ -159,15 +163,19 @@ def _manifold(features: str, sample: Sample, reference: Reference) -> dict[str, 
     return {f"{name}_{features}": Value(v, n=count) for name, v in found._asdict().items()}
 
 
-def _of_inception(distance: float, sample: Sample, reference: Reference) -> dict[str, Value]:
+def _of_inception(
+    distance: float, sample: Sample, reference: Reference, trained: Reference | None
+) -> dict[str, Value]:
     found: dict[str, Value] = {}
     seen, splits = sample.seen, MEASURE["inception_score_splits"]
     if seen.logits is not None and len(sample) >= splits:
         found["is"] = Value(*inception_score(seen.logits, MEASURE["seed"], splits=splits))
     if seen.spatial is not None and reference.spatial is not None:
         found["sfid"] = Value(frechet_distance(moments(seen.spatial), reference.spatial))
-    informed = memorization_informed(distance, reference.seen.features, seen.features)
-    return {**found, "mifid": Value(informed)}
+    if trained is not None:
+        informed = memorization_informed(distance, trained.seen.features, seen.features)
+        found["mifid"] = Value(informed)
+    return found
 
 
 def _colours(sample: Sample, reference: Reference) -> dict[str, Value]:

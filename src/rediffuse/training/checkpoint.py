@@ -168,11 +168,26 @@ def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average")
         CheckpointError: if the checkpoint does not verify, does not fit, or has no average.
     """
     verify(checkpoint)
-    file = {"average": "average.safetensors", "raw": "model.safetensors"}[weights]
+    file = _FILES_OF_WEIGHTS[weights]
     if not (checkpoint / file).exists():
         raise CheckpointError(f"{checkpoint} keeps no average; use --weights raw")
     _load_module(network, checkpoint / file)
     return weights
+
+
+_FILES_OF_WEIGHTS = {"average": "average.safetensors", "raw": "model.safetensors"}
+
+
+def digest_of_weights(checkpoint: Path, weights: str) -> str:
+    """The SHA-256 that the manifest gives to the file of these weights.
+
+    Raises:
+        CheckpointError: if there is no such file.
+    """
+    try:
+        return str(_manifest(checkpoint)[_FILES_OF_WEIGHTS[weights]]["sha256"])
+    except KeyError:
+        raise CheckpointError(f"{checkpoint} keeps no {weights} weights") from None
 
 
 def load_schedule(schedule: nn.Module, checkpoint: Path) -> None:
