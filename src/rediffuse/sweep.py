@@ -309,8 +309,10 @@ def _drawn(rows: Sequence[Row]) -> Any:
     panels = [
         (f"evaluations of the network per image{at}", _evaluations, alike),
         (f"seconds per 1,000 images{at}", _seconds, alike),
-        *([("guidance, at the most steps", _guidance, _finest(rows))] if several else []),
     ]
+    if several:
+        by_guidance = ("guidance, at the most steps", _guidance, _finest(rows))
+        panels = [*(panels if len(alike) > 1 else []), by_guidance]
     canvas = Canvas(figsize=(5 * len(panels), 4), layout="constrained")
     places = canvas.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, x, some) in zip(places, panels, strict=True):
