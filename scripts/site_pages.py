@@ -114,7 +114,7 @@ def _default_file(section: str) -> Path:
 
 
 def _keys_of(section: Any, prefix: str, file: Path, source: str) -> str:
-    said = notes(source, section.__name__) | comments(file)
+    said = comments(file) | notes(source, section.__name__)
     values = yaml.safe_load(file.read_text())
     rows = []
     for name, field in section.model_fields.items():

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/**/*.md")]
 )
+QUICK = {"README.md", "docs/adding.md"}
+"""Pages that are followed in every run of the tests; the others are with -m slow."""
 _FENCE = re.compile(r"^( *)```(\w*)(.*)$")
 _EXCUSE = re.compile(r"<!-- not run: (.+?) -->")
 _TITLE = re.compile(r'title="([^"]+)"')
@@ -52,7 +54,7 @@ class Block:
     excuse: str | None
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{relative(self.page)}:{self.line}"
 
     def commands(self) -> list[list[str]]:
         """The commands of a block, as words; what follows a # is a remark."""
@@ -72,6 +74,11 @@ def _apart(line: str) -> list[list[str]]:
         else:
             parts[-1].append(word)
     return parts
+
+
+def relative(page: Path) -> str:
+    """How messages call a page."""
+    return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path) -> list[Block]:

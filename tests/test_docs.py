@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from click import ClickException
-from documents import COMMANDS, OTHERS, PAGES, ROOT, Block, blocks, ours, parsed
+from documents import COMMANDS, OTHERS, PAGES, QUICK, ROOT, Block, blocks, ours, parsed, relative
 
 from rediffuse import build
 from rediffuse.build import AXES
@@ -33,10 +33,6 @@ from scripts import site_pages
 
 RUN = "0123456789abcdef0123456789abcdef"
 LANGUAGES = {"bash", "console", "python", "yaml", "text", "json"}
-
-
-def relative(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 pages = pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -137,7 +133,8 @@ def test_every_command_can_be_meant(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for block in blocks(page):
-        if block.language not in COMMANDS:
+        done_anyway = relative(page) in QUICK and not block.excuse  # test_docs_run.py
+        if block.language not in COMMANDS or done_anyway:
             continue
         written_before(page, block, tmp_path)
         for words in block.commands():
