@@ -48,7 +48,7 @@ def check_typed(words: list[str]) -> None:
     if name in ("train", "plan"):
         told = list(given["words"])  # type: ignore[call-overload]
         file = given["file"]
-        for combination in sweep(told) if given.get("multirun") else [told]:
+        for combination in each_value_once(told) if given.get("multirun") else [told]:
             check_training(combination, file)  # type: ignore[arg-type]
     elif name == "resume":
         check_resuming(list(given["words"]))  # type: ignore[call-overload]
@@ -57,6 +57,16 @@ def check_typed(words: list[str]) -> None:
     elif name:
         check_drawing(given)
     return None
+
+
+def each_value_once(words: list[str]) -> list[Sequence[str]]:
+    """A few of the combinations of `key=a,b,c` words, in which every word occurs."""
+    seen, few = set[str](), []
+    for combination in sweep(words):
+        if {*combination} - seen:
+            few.append(combination)
+            seen |= {*combination}
+    return few
 
 
 @cache
