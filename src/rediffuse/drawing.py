@@ -185,18 +185,25 @@ def as_walked(how: Sampling, job: Job) -> Sampling:
 # Ways to make images other than from noise alone
 
 
-def watched(look: Callable[[Tensor, Tensor, Tensor], None]) -> Way:
-    """From noise alone, as always; `look` sees every x_t, t and x_0 that the solver is told."""
+def watched(look: Callable[[Tensor, Tensor, Tensor], None], of: Way | None = None) -> Way:
+    """From noise alone, or another way; `look` sees every x_t, t and x_0 that the solver is told.
 
-    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
-        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            predicted = at.denoise(x_t, t)
+    What it raises ends the walk.
+    """
+
+    def seen(denoise: Denoise) -> Denoise:
+        def asked(x_t: Tensor, t: Tensor) -> Prediction:
+            predicted = denoise(x_t, t)
             look(x_t, t, predicted.x_0)
             return predicted
 
-        return trajectory(*at._replace(denoise=denoise))
+        return asked
 
-    return Way(way)
+    def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
+        at = at._replace(denoise=seen(at.denoise))
+        return of.walk(at, images, lambda: seen(fresh())) if of else trajectory(*at)
+
+    return Way(way, plain=of is not None and of.plain)
 
 
 def varied(inputs: Tensor, strength: float) -> Way:

@@ -93,29 +93,14 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
         device=options.device,
         trusted=options.trust,
     )
-    how = wanted(model.config.sampling, options)
-    if options.guide_by and how.guidance.arguments.get("scale") == 1:
-        raise ConfigError("--guide-by needs --guidance above 1; at 1 nobody asks the weaker model")
-    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
-    job = wanted_job(model, options)
-    if _nobody_knows_the_class(model, job):
-        how = _unguided(how, options)
-    how = as_walked(how, job)
+    how, job = settled(model, options)
     assert model.origin
     name = f"{model.origin['checkpoint']}-{_job_name(how, job, options)}"
     folder = options.output_dir or run.samples / name
-    facts: dict[str, Any] = {
-        **model.origin,
-        "seed": job.seed,
-        "images": [
-            {"image": j, "file": f"{j:06d}.png", "class": _class_name(model, job, k)}
-            for k, j in enumerate(job.images)
-        ],
-        "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
-        "edit": _edit(options),
-        "device": str(model.device),
-        "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
-    }
+    shared = common(model, how, job, options)
+    each = {j: class_of(model, job, k) for k, j in enumerate(job.images)}
+    files = [{"image": j, "file": f"{j:06d}.png", "class": each[j]} for j in job.images]
+    facts = {**shared, "images": files}
     if devices.is_main:
         _open_folder(folder, facts)
     devices.agree("open")
@@ -124,9 +109,10 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     with Progress(len(mine.images)) as bar:
         for numbers, pixels in draw(model, how, mine, bar.move):
             for j, image in zip(numbers, pixels, strict=True):
-                save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png")
+                told = of_image(shared, j, each[j])
+                save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png", told)
             drawn.append(pixels)
-    pixels = np.concatenate([some for each in devices.everyones(drawn) for some in each])
+    pixels = np.concatenate([some for theirs in devices.everyones(drawn) for some in theirs])
     if not devices.is_main:
         return 0
     by_class = model.class_names if job.way is None and options.class_name is None else ()
@@ -150,6 +136,43 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     if options.reconstruct:
         print(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
     return 0
+
+
+def settled(model: Model, options: Options) -> tuple[Sampling, Job]:
+    """How to draw, and what, from a model.
+
+    Raises:
+        RediffuseError: if it cannot do what is asked for.
+    """
+    how = wanted(model.config.sampling, options)
+    if options.guide_by and how.guidance.arguments.get("scale") == 1:
+        raise ConfigError("--guide-by needs --guidance above 1; at 1 nobody asks the weaker model")
+    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
+    job = wanted_job(model, options)
+    if _nobody_knows_the_class(model, job):
+        how = _unguided(how, options)
+    return as_walked(how, job), job
+
+
+def common(model: Model, how: Sampling, job: Job, options: Options) -> dict[str, Any]:
+    """What all images of a job share, as plain data."""
+    return {
+        **(model.origin or {}),
+        "seed": job.seed,
+        "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
+        "edit": _edit(options),
+        "device": str(model.device),
+        "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
+    }
+
+
+def of_image(shared: Mapping[str, Any], image: int, class_name: str | None) -> dict[str, Any]:
+    """What is written into an image's own file; of the files that were given, their names alone."""
+    edit = {k: Path(v).name if k in _FILES else v for k, v in shared["edit"].items()}
+    return {**shared, "edit": edit, "image": image, "class": class_name}
+
+
+_FILES = "input", "mask"
 
 
 def wanted(how: Sampling, options: Options) -> Sampling:
@@ -423,7 +446,8 @@ def _job_name(how: Sampling, job: Job, options: Options) -> str:
     return f"{how.solver.name}-{how.steps}-{digest}"
 
 
-def _class_name(model: Model, job: Job, k: int) -> str | None:
+def class_of(model: Model, job: Job, k: int) -> str | None:
+    """The class of a job's k-th image, if it is drawn for one."""
     if job.classes is None or job.classes[k] == len(model.class_names):
         return None
     return model.class_names[job.classes[k]]

@@ -1,14 +1,17 @@
 """Pixels to files: single images, grids of them, films."""
 
 import io
+import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 Pixels = UInt8[np.ndarray, "count channels height width"]
 
@@ -47,11 +50,13 @@ def columns_for(count: int, class_names: Sequence[str]) -> int:
     return classes if 1 < classes <= 20 and count >= classes else math.ceil(math.sqrt(count))
 
 
-def save_png(pixels: UInt8[np.ndarray, "h w c"], file: Path) -> Path:
-    """Write a PNG, complete or not at all."""
+def save_png(
+    pixels: UInt8[np.ndarray, "h w c"], file: Path, facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a PNG, complete or not at all; `facts` go into it as JSON, as the text `rediffuse`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     building = file.with_name(f".{file.name}.{os.getpid()}")
-    _image(pixels).save(building, "PNG")
+    building.write_bytes(png(pixels, facts))
     building.replace(file)
     return file
 
@@ -77,10 +82,12 @@ def film(frames: Sequence[UInt8[np.ndarray, "h w c"]], last_ms: int = 1500) -> b
     return written.getvalue()
 
 
-def png(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
-    """The bytes of a PNG."""
-    written = io.BytesIO()
-    _image(pixels).save(written, "PNG")
+def png(pixels: UInt8[np.ndarray, "h w c"], facts: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of a PNG, as `save_png` writes it."""
+    written, text = io.BytesIO(), PngInfo()
+    if facts:
+        text.add_text("rediffuse", json.dumps(facts))
+    _image(pixels).save(written, "PNG", pnginfo=text)
     return written.getvalue()
 
 

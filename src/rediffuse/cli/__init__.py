@@ -24,6 +24,7 @@ from rediffuse.cli import (
     reproduce,
     runs,
     sample,
+    studio,
     sweep,
     train,
 )
@@ -65,7 +66,7 @@ def rediffuse() -> None:
 _STEPS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (init.init, doctor.doctor, data.data, plan.plan),
     "Train": (train.train, train.resume, runs.runs, runs.show),
-    "Draw": (sample.sample,),
+    "Draw": (sample.sample, studio.studio),
     "Judge": (evaluate.evaluate, sweep.sweep, memorisation.memorisation, diagnose.diagnose),
     "Tell and repeat": (report.report, compare.compare, reproduce.reproduce),
     "Shell": (completion.completion,),

@@ -256,7 +256,7 @@ def follow(model: Model, how: Sampling, numbers: tuple[int, ...], seed: int) -> 
         x = state
         evaluations += len(calls)
         if calls and step % stride == 0:
-            moments.append(_moment(step, schedule, *calls[0], data.mean, data.std))
+            moments.append(moment(step, schedule, *calls[0], data.mean, data.std))
         if len(moments) > 2 * _MOST_FRAMES:
             moments, stride = moments[::2], 2 * stride
         calls.clear()
@@ -267,9 +267,10 @@ def follow(model: Model, how: Sampling, numbers: tuple[int, ...], seed: int) -> 
 
 
 @torch.inference_mode()
-def _moment(
+def moment(
     step: int, schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor, *levels: float | list[float]
 ) -> Moment:
+    """What a solver was at and was told, as pixels; x_t is divided by √(α² + σ²)."""
     at = schedule(t)
     size = (at.alpha**2 + at.sigma**2).rsqrt()
     pixels = [to_uint8(x, *levels).cpu().numpy() for x in (x_t * expand(size, x_t), x_0)]
