@@ -466,21 +466,164 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+# Gradio's canvas calls an older PixiJS, and headless Chromium draws it without a GPU.
+OF_THE_CANVAS = re.compile(r"%cPixiJS Deprecation|\s+at \w+[. ]|\[\.WebGL-\w+\]GL Driver Message")
+ENDLESS = "predictor_corrector corrections=99"
+
+
 @pytest.fixture
 def page(browser: Any, served: SimpleNamespace) -> Iterator[Any]:
     """The page, on which nothing complains, and from which nothing goes elsewhere."""
     there = browser.new_context(viewport={"width": 1280, "height": 800})
-    page, heard, requests = there.new_page(), [], []
+    heard: list[str] = []
+    asked: list[str] = []
+    page = opened(there, served.address, heard, asked)
+    yield page
+    there.close()
+    assert [text for text in heard if not OF_THE_CANVAS.match(text)] == []
+    assert {url for url in asked if not url.startswith((served.address, "data:", "blob:"))} == set()
+
+
+def opened(there: Any, address: str, heard: list[str], asked: list[str]) -> Any:
+    page = there.new_page()
+    page.set_default_timeout(60_000)
     page.on("console", lambda m: m.type in ("error", "warning") and heard.append(m.text))
     page.on("pageerror", lambda error: heard.append(str(error)))
     page.on("dialog", lambda dialog: heard.append(dialog.message))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(served.address)
-    page.locator("#generate-go").wait_for()
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
     page.locator("#line .said").wait_for()
-    yield page
-    there.close()
-    assert heard == []
-    assert {
-        url for url in requests if not url.startswith((served.address, "data:", "blob:"))
-    } == set()
+    return page
+
+
+def fill(page: Any, field: str, value: str) -> None:
+    page.locator(f"#{field} :is(input, textarea)").fill(value)
+    page.locator(f"#{field} :is(input, textarea)").press("Enter" if "solver" in field else "Tab")
+
+
+def drawn(page: Any, where: str) -> list[np.ndarray]:
+    """Wait for finished images, and look at them."""
+    page.locator(f"#{where}-images .line.good").wait_for()
+    return [np.asarray(image) for image in images_in(page.locator(f"#{where}-images").inner_html())]
+
+
+def refused(page: Any, where: str) -> str:
+    page.locator(f"#{where}-line .line.bad").wait_for()
+    return str(page.locator(f"#{where}-line").inner_text())
+
+
+def test_a_page_draws_what_sample_draws_and_an_image_downloads_with_its_settings(page, model):
+    fill(page, "generate-seeds", "0-3")
+    page.locator("#generate-go").click()
+    assert np.array_equal(drawn(page, "generate"), sample(model, 4)[:, 0])
+    with page.expect_download() as download:
+        page.locator("#generate-images a[download]").nth(2).click()
+    with Image.open(download.value.path()) as image:
+        assert json.loads(image.text["rediffuse"])["image"] == 2
+    assert download.value.suggested_filename.endswith("-step-00000006-000002.png")
+
+
+def test_cancelling_ends_the_walk_and_the_next_one_begins(page):
+    fill(page, "generate-solver", ENDLESS)
+    fill(page, "generate-steps", "1000")
+    page.locator("#generate-go").click()
+    page.locator("#generate-images progress").wait_for()
+    page.locator("#generate-cancel").click()
+    page.get_by_text(re.compile(r"cancelled in step \d+ of 1,000, after [\d,]+ eval")).wait_for()
+    fill(page, "generate-solver", "ddim")
+    fill(page, "generate-steps", "2")
+    page.locator("#generate-go").click()
+    page.get_by_text("2 evaluations of the network").wait_for()  # only one walk is drawn at a time
+
+
+def test_closing_the_page_ends_its_walk(browser, served):
+    with browser.new_context() as there:
+        page = opened(there, served.address, [], [])
+        fill(page, "generate-solver", ENDLESS)
+        fill(page, "generate-steps", "1000")
+        page.locator("#generate-go").click()
+        page.locator("#generate-images progress").wait_for()
+        page.close()
+        page = opened(there, served.address, [], [])
+        page.locator("#generate-go").click()
+        assert drawn(page, "generate")
+
+
+def test_two_settings_are_drawn_side_by_side_from_the_same_noise(page, model):
+    page.get_by_role("tab", name="Compare").click()
+    fill(page, "compare-seeds", "0-1")
+    fill(page, "b-steps", "5")
+    page.locator("#compare-go").click()
+    assert np.array_equal(drawn(page, "a"), sample(model, 2)[:, 0])
+    assert np.array_equal(drawn(page, "b"), sample(model, 2, steps=5)[:, 0])
+
+
+def test_what_a_mask_is_drawn_on_is_painted_anew_and_nothing_else(page, tmp_path):
+    given = np.full((8, 8), 200, np.uint8)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    page.get_by_role("tab", name="Start from an image").click()
+    page.locator("#edit-canvas canvas").first.wait_for()
+    page.locator("#edit-go").click()
+    assert "give an image first" in refused(page, "edit")
+    page.locator("#edit input[type=file]").first.set_input_files(tmp_path / "given.png")
+    page.get_by_label("inpainting").click()
+    page.get_by_text("resamplings").wait_for()
+    page.locator("#edit-go").click()
+    page.get_by_text("nothing is marked").wait_for()
+    page.locator("#edit-canvas").get_by_label("Brush", exact=True).click()
+    box = page.locator("#edit-canvas canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 100, y)
+    page.mouse.down()
+    page.mouse.move(x + 100, y, steps=10)
+    page.mouse.up()
+    page.locator("#edit-go").click()
+    for image in drawn(page, "edit"):
+        changed = np.argwhere(image != given)
+        assert len(changed)
+        assert ((changed >= (2, 1)) & (changed <= (5, 6))).all()
+
+
+def test_rubbish_is_refused_in_a_line_and_the_page_goes_on(page, tmp_path):
+    for field, typed, says in (
+        ("seeds", "/etc/passwd", "expected numbers and ranges"),
+        ("seeds", EVIL, "expected numbers and ranges"),
+        ("solver", "../../etc/passwd", "is not a name"),
+    ):
+        fill(page, f"generate-{field}", typed)
+        page.locator("#generate-go").click()
+        page.locator("#generate-line").get_by_text(says).wait_for()
+        fill(page, f"generate-{field}", {"seeds": "0", "solver": "ddim"}[field])
+        page.locator("#generate-go").click()
+        page.locator("#generate-line .bad").wait_for(state="hidden")
+        assert drawn(page, "generate")
+
+
+def test_an_upload_that_is_too_large_or_no_image_does_no_harm(page, tmp_path):
+    page.get_by_role("tab", name="Start from an image").click()
+    page.locator("#edit-canvas canvas").first.wait_for()
+    upload = page.locator("#edit input[type=file]").first
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(100_000_000)
+    upload.set_input_files(tmp_path / "large.png")
+    page.get_by_text("exceeds the maximum").wait_for()
+    (tmp_path / "page.png").write_text(EVIL)
+    upload.set_input_files(tmp_path / "page.png")
+    assert "page.png cannot be used: it is not a PNG" in refused(page, "edit")
+
+
+def test_a_run_is_seen_as_it_trains_and_its_name_is_no_markup(page, served):
+    record = json.loads((served.run.directory / "run.json").read_text())
+    (served.run.directory / "run.json").write_text(json.dumps({**record, "name": EVIL}))
+    page.get_by_role("button", name="look again").click()
+    page.wait_for_function(
+        "text => document.querySelector('#run input').value.includes(text)", arg=EVIL
+    )
+    page.get_by_role("tab", name="Training").click()
+    page.locator("#figure-timeline").wait_for()
+    assert page.locator("#training-shown").get_by_text(EVIL).count() == 1
+    assert page.locator("#training-shown img.on-dark:visible").count() == 0
+    with open(served.run.metrics, "a") as file:
+        file.write(json.dumps({"images": 289, "time": 1.0, "loss": 0.125}) + "\n")
+    page.locator("#training-shown").get_by_text("0.125", exact=True).wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280

@@ -26,6 +26,7 @@ _DRAWS = {
 _AT_ONCE = {**_NEVER_CALLED_FROM_OUTSIDE, "queue": False}
 _LOOK_EVERY_S = 5.0
 _MASK = "#e69f00"
+_THE_SAME = ("the same", "")
 
 
 class Panel(NamedTuple):
@@ -56,9 +57,10 @@ class Seeds(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The run that the page is on, and the panels that follow it."""
+    """The run that the page is on, the one beside it, and what is said of the first."""
 
     run: gr.Dropdown
+    second: gr.Dropdown
     line: gr.HTML
 
 
@@ -70,24 +72,23 @@ def build(desk: Desk) -> gr.Blocks:
         delete_cache=(600, 3600),
         fill_width=True,
     ) as page:
-        choices, line = _runs(desk)
         with gr.Row(elem_id="top", equal_height=True):
             gr.HTML("<h1>Rediffuse studio</h1>", elem_id="title")
-            run = gr.Dropdown(
-                choices, value=_newest(choices), label="run", elem_id="run", scale=3, min_width=280
-            )
+            run = gr.Dropdown([], label="run", elem_id="run", scale=3, min_width=280)
             again = gr.Button("look again", elem_id="again", size="md", scale=0, min_width=120)
-        chosen = Chosen(run, gr.HTML(line, elem_id="line"))
+        line = gr.HTML(elem_id="line")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 panels = [*_generate(desk, run)]
-            with gr.Tab("Start from an image", id="edit"):
+            with gr.Tab("Start from an image", id="edit", elem_id="edit"):
                 panels += _edit(desk, run)
             with gr.Tab("Compare", id="compare"):
-                panels += _compare(desk, run, choices)
+                second, of_both = _compare(desk, run)
+                panels += of_both
             with gr.Tab("Training", id="training"):
-                _training(desk, run, tabs, page)
-        _follow(desk, chosen, again, panels, page)
+                _training(desk, run, tabs)
+        looks = [page.load, again.click]
+        _follow(desk, Chosen(run, second, line), looks, panels)
 
         def leave(request: gr.Request) -> None:
             desk.leave(str(request.session_hash))
@@ -97,11 +98,6 @@ def build(desk: Desk) -> gr.Blocks:
 
 
 # Fields
-
-
-def _runs(desk: Desk) -> tuple[list[shelf.Choice], str]:
-    choices = shelf.run_choices(desk.root)
-    return choices, showing.runs(choices, desk.root)
 
 
 def _newest(choices: Sequence[shelf.Choice]) -> str | None:
@@ -203,33 +199,31 @@ def _own(card: shelf.Card | None, nobody: str) -> list[Any]:
 
 
 def _follow(
-    desk: Desk,
-    chosen: Chosen,
-    again: gr.Button,
-    panels: Sequence[tuple[Panel, str]],
-    page: gr.Blocks,
+    desk: Desk, chosen: Chosen, looks: Sequence[Any], panels: Sequence[tuple[Panel, str]]
 ) -> None:
     """Fill every panel anew when another run is chosen, and look for runs when asked to."""
-    run, line = chosen
     parts = [part for panel, _ in panels for part in panel]
 
     def fill(word: str | None) -> list[Any]:
         card, said = _card(desk, word)
-        return [said, *(value for _, nobody in panels for value in _own(card, nobody))]
+        return ["", said, *(value for _, nobody in panels for value in _own(card, nobody))]
 
     def look(word: str | None) -> list[Any]:
-        choices, _ = _runs(desk)
+        choices = shelf.run_choices(desk.root)
         known = word if word in [value for _, value in choices] else _newest(choices)
-        return [gr.Dropdown(choices=choices, value=known), *fill(known)]
+        _, *filled = fill(known)
+        others = gr.Dropdown(choices=[_THE_SAME, *choices], value="")
+        return [gr.Dropdown(choices=choices, value=known), others, *filled]
 
-    run.change(fill, run, [line, *parts], **_NEVER_CALLED_FROM_OUTSIDE)
-    gr.on([again.click, page.load], look, run, [run, line, *parts], **_NEVER_CALLED_FROM_OUTSIDE)
+    run, second, line = chosen
+    run.input(fill, run, [second, line, *parts], **_NEVER_CALLED_FROM_OUTSIDE)
+    gr.on(looks, look, run, [run, second, line, *parts], **_NEVER_CALLED_FROM_OUTSIDE)
 
 
 def _card(desk: Desk, word: str | None) -> tuple[shelf.Card | None, str]:
     """What a run says of itself, and a line about it."""
     if not word:
-        return None, _runs(desk)[1]
+        return None, showing.runs(shelf.run_choices(desk.root), desk.root)
     try:
         card = shelf.card(desk.root, word)
     except RediffuseError as refused:
@@ -351,27 +345,21 @@ def _mask(square: Square, canvas: Any) -> np.ndarray:
     return mask_of(np.max([layer[:, :, 3] for layer in layers], axis=0), size)
 
 
-def _compare(
-    desk: Desk, run: gr.Dropdown, choices: Sequence[shelf.Choice]
-) -> list[tuple[Panel, str]]:
+def _compare(desk: Desk, run: gr.Dropdown) -> tuple[gr.Dropdown, list[tuple[Panel, str]]]:
     with gr.Row():
-        with gr.Column(min_width=290):
-            gr.HTML("<h3>A</h3>")
-            one = _panel("a")
-        with gr.Column(min_width=290):
-            gr.HTML("<h3>B</h3>")
-            other = _panel("b")
-        with gr.Column(min_width=290):
-            gr.HTML("<h3>both</h3>")
-            second = gr.Dropdown(
-                [("the same", ""), *choices], value="", label="run of B", elem_id="b-run"
-            )
-            seeds = _seeds("compare", "0-8")
+        second = gr.Dropdown(
+            [_THE_SAME], value="", label="run of B", min_width=290, elem_id="b-run"
+        )
+        seeds = _seeds("compare", "0-8")
     go, shown = _actions(desk, "compare", "Compare")
     line = gr.HTML(elem_id="compare-line")
     with gr.Row():
-        left = gr.HTML(showing.empty("Compare"), elem_id="a-images")
-        right = gr.HTML(elem_id="b-images")
+        with gr.Column(min_width=290):
+            gr.HTML("<h3>A</h3>")
+            one, left = _panel("a"), gr.HTML(showing.empty("Compare"), elem_id="a-images")
+        with gr.Column(min_width=290):
+            gr.HTML("<h3>B</h3>")
+            other, right = _panel("b"), gr.HTML(showing.empty("Compare"), elem_id="b-images")
 
     def draw(values: Values, request: gr.Request) -> Iterator[list[Any]]:
         more = seeds.said(values)
@@ -386,23 +374,19 @@ def _compare(
         card, said = _card(desk, word or first)
         return [said if card is None else "", *_own(card, "in turn")]
 
-    def offer() -> Any:
-        return gr.Dropdown(choices=[("the same", ""), *_runs(desk)[0]], value="")
-
-    second.change(another, [second, run], [line, *other], **_NEVER_CALLED_FROM_OUTSIDE)
-    run.change(offer, None, second, **_NEVER_CALLED_FROM_OUTSIDE)
+    second.input(another, [second, run], [line, *other], **_NEVER_CALLED_FROM_OUTSIDE)
     told = {run, second, *one, *other, *seeds, shown}
     go.click(draw, told, [line, left, right], **_DRAWS)
-    return [(one, "in turn"), (other, "in turn")]
+    return second, [(one, "in turn"), (other, "in turn")]
 
 
-def _training(desk: Desk, run: gr.Dropdown, tabs: gr.Tabs, page: gr.Blocks) -> None:
+def _training(desk: Desk, run: gr.Dropdown, tabs: gr.Tabs) -> None:
     shown = gr.HTML(elem_id="training-shown")
     mark, timer = gr.State(""), gr.Timer(_LOOK_EVERY_S, active=False)
 
     def look(word: str | None, seen: str) -> list[Any]:
         if not word:
-            return [_runs(desk)[1], ""]
+            return [showing.line("no run"), ""]
         try:
             found = find_run(desk.root, word)
             if (now := shelf.mark(found)) == seen:
@@ -411,14 +395,14 @@ def _training(desk: Desk, run: gr.Dropdown, tabs: gr.Tabs, page: gr.Blocks) -> N
         except RediffuseError as refused:
             return [showing.refusal(refused), ""]
 
-    def watch(event: gr.SelectData) -> Any:
-        return gr.Timer(active=event.value == "Training")
+    def watch(word: str | None, seen: str, event: gr.SelectData) -> list[Any]:
+        is_here = event.value == "Training"
+        return [gr.Timer(active=is_here), *(look(word, seen) if is_here else [gr.skip()] * 2)]
 
     told = {"fn": look, "inputs": [run, mark], "outputs": [shown, mark]}
     timer.tick(**told, **_NEVER_CALLED_FROM_OUTSIDE)
-    run.change(**told, **_NEVER_CALLED_FROM_OUTSIDE)
-    page.load(**told, **_NEVER_CALLED_FROM_OUTSIDE)
-    tabs.select(watch, None, timer, **_AT_ONCE)
+    run.input(**told, **_NEVER_CALLED_FROM_OUTSIDE)
+    tabs.select(watch, [run, mark], [timer, shown, mark], **_NEVER_CALLED_FROM_OUTSIDE)
 
 
 def _sheets(sheets: Iterator[acts.Sheet], sides: int) -> Iterator[list[Any]]:
