@@ -606,7 +606,7 @@ def test_an_upload_that_is_too_large_or_no_image_does_no_harm(page, tmp_path):
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(100_000_000)
     upload.set_input_files(tmp_path / "large.png")
-    page.get_by_text("exceeds the maximum").wait_for()
+    page.get_by_text("exceed the maximum allowed size").wait_for()
     (tmp_path / "page.png").write_text(EVIL)
     upload.set_input_files(tmp_path / "page.png")
     assert "page.png cannot be used: it is not a PNG" in refused(page, "edit")
