@@ -250,7 +250,7 @@ def _generate(desk: Desk, run: gr.Dropdown) -> list[tuple[Panel, str]]:
         )
 
     go.click(draw, {run, *panel, *seeds, shown}, [line, images], **_DRAWS)
-    return [(panel, "in turn")]
+    return [(panel, "all")]
 
 
 def _edit(desk: Desk, run: gr.Dropdown) -> list[tuple[Panel, str]]:
@@ -372,12 +372,12 @@ def _compare(desk: Desk, run: gr.Dropdown) -> tuple[gr.Dropdown, list[tuple[Pane
 
     def another(word: str, first: str | None) -> list[Any]:
         card, said = _card(desk, word or first)
-        return [said if card is None else "", *_own(card, "in turn")]
+        return [said if card is None else "", *_own(card, "all")]
 
     second.input(another, [second, run], [line, *other], **_NEVER_CALLED_FROM_OUTSIDE)
     told = {run, second, *one, *other, *seeds, shown}
     go.click(draw, told, [line, left, right], **_DRAWS)
-    return second, [(one, "in turn"), (other, "in turn")]
+    return second, [(one, "all"), (other, "all")]
 
 
 def _training(desk: Desk, run: gr.Dropdown, tabs: gr.Tabs) -> None:
