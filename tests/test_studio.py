@@ -594,6 +594,7 @@ def test_what_a_mask_is_drawn_on_is_painted_anew_and_nothing_else(page, tmp_path
         assert ((changed >= (2, 1)) & (changed <= (5, 6))).all()
 
 
+@pytest.mark.slow
 def test_rubbish_is_refused_in_a_line_and_the_page_goes_on(page):
     for field, typed, says in (
         ("seeds", "/etc/passwd", "expected numbers and ranges"),
