@@ -32,6 +32,7 @@ def test_training_in_python_tells_all_that_is_recorded(tmp_path: Path) -> None:
     run = rediffuse.train(
         *TINY,
         "training.images=96",
+        "training.log_every_images=48",
         root=tmp_path,
         look=lambda images, values: told.append({"images": images, **values}),
     )
