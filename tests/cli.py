@@ -34,9 +34,13 @@ def rediffuse(
     return done
 
 
-@cache
 def zygote() -> Zygote:
-    """The one that all tests of this process fork commands from."""
+    """The one that all tests of this process fork commands from, of the source they mean."""
+    return _zygote(os.environ.get("PYTHONPATH"))
+
+
+@cache
+def _zygote(path: str | None) -> Zygote:
     held = ExitStack()
     atexit.register(held.close)
     return held.enter_context(Zygote())
