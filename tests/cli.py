@@ -35,12 +35,16 @@ def rediffuse(
 
 
 def zygote() -> Zygote:
-    """The one that all tests of this process fork commands from, of the source they mean."""
-    return _zygote(os.environ.get("PYTHONPATH"))
+    """The one that all tests of this process fork commands from.
+
+    There is another for what counts when modules are imported: where the source lies, and the
+    compiler.
+    """
+    return _zygote(os.environ.get("PYTHONPATH"), os.environ.get("CXX"))
 
 
 @cache
-def _zygote(path: str | None) -> Zygote:
+def _zygote(path: str | None, compiler: str | None) -> Zygote:
     held = ExitStack()
     atexit.register(held.close)
     return held.enter_context(Zygote())

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,8 +160,10 @@ def find(word: str | Path, root: Path | None = None) -> Run:
 def _checkpoint(run: Run, which: str, metric: str) -> Path:
     """Latest, best by a metric, or the step of that number."""
     if which == "latest":
-        note = partial(tell, stream=sys.stderr)
-        found = checkpoint.newest(run.checkpoints, note, set_aside=False)
+        broken: list[str] = []
+        found = checkpoint.newest(run.checkpoints, broken.append, set_aside=False)
+        for line in broken:  # where none verifies, the refusal says it all
+            tell(line, sys.stderr)
     elif which == "best":
         found = checkpoint.best(run.checkpoints, metric)
     else:

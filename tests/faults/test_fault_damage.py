@@ -180,7 +180,7 @@ def test_sample_draws_from_the_checkpoint_before_and_says_so(
         out = run.parent / f"drawn-{which}"
         words = ("sample", one.name, "--n", "8", "--checkpoint", which, "--output-dir", str(out))
         done = zygote.run(*words, root=one.parent, check=0)
-        assert done.stdout.count("step-00000004: average.safetensors") == (one is run)
+        assert done.stderr.count("step-00000004: average.safetensors") == (one is run)
         drawn.append((out / "grid.png").read_bytes())
         assert json.loads((out / "manifest.json").read_text())["checkpoint"] == "step-00000003"
     assert drawn[0] == drawn[1]

@@ -100,8 +100,8 @@ def test_a_signal_at_any_of_10_random_moments_leaves_a_run_that_goes_on_to_the_l
 # Both outputs are a pipe whose reader has gone, and a line is written at every log.
 BROKEN = """
 import os
-from rediffuse.tracking import console
-console.LINE_EVERY_S = 0.0
+from rediffuse import progress
+progress.LINE_EVERY_S = 0.0
 read, write = os.pipe()
 os.dup2(write, 1), os.dup2(write, 2), os.close(read), os.close(write)
 """

@@ -27,8 +27,9 @@ def studio(root: Path | None, trust: tuple[str, ...], device: str, port: int, op
     It is served to this machine alone, and needs no network.
 
     \b
-    rediffuse studio
-    rediffuse studio --root elsewhere/runs --no-open --port 7860
+    Examples:
+      rediffuse studio
+      rediffuse studio --root elsewhere/runs --no-open --port 7860
     """
     if not find_spec("gradio"):
         raise ConfigError("the studio needs Gradio: pip install 'rediffuse[studio]'")
