@@ -14,8 +14,8 @@ import torch
 from cli import TINY
 from PIL import Image
 
+from rediffuse import drift, gallery, launch, overview, references, runs
 from rediffuse import evaluate as door
-from rediffuse import gallery, launch, overview, references, runs
 from rediffuse.config.compose import compose
 from rediffuse.drawing import Job, share
 from rediffuse.errors import ConfigError, DataError, RunError
@@ -376,7 +376,7 @@ def test_images_of_another_size_are_compared_where_a_size_is_given(
 def test_a_run_whose_images_have_changed_is_not_judged_by_others(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door.drift, "began", lambda run: {"data": {"fingerprint": "other"}})
+    monkeypatch.setattr(drift, "began", lambda run: {"data": {"fingerprint": "other"}})
     with pytest.raises(RunError, match="not those that run"):
         evaluated(trained)
 

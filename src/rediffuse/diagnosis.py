@@ -9,6 +9,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rediffuse import drift, tables
+from rediffuse import tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.pixels import pixel_range, to_model
 from rediffuse.data.splits import split
@@ -34,10 +35,10 @@ from rediffuse.evaluation.denoising import (
     posterior_mean,
     rms,
 )
-from rediffuse.gallery import Options, wanted
-from rediffuse.images import Images, prepare
+from rediffuse.gallery import Options, opened, wanted
+from rediffuse.images import Images, of_run
 from rediffuse.legality import check_sampling
-from rediffuse.models import Model, find, load
+from rediffuse.models import Model, find
 from rediffuse.process import Prediction
 from rediffuse.progress import Progress
 from rediffuse.randomness import Stream, normal
@@ -68,22 +69,13 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
     if count > _MOST_IMAGES:
         raise ConfigError(f"--n {count:,}: more than {_MOST_IMAGES:,} images")
     run = find(word, options.root)
-    opened = partial(
-        load,
-        run.directory,
-        which=options.checkpoint,
-        device=options.device,
-        trusted=options.trust,
-    )
-    models = {"average": opened(weights="average"), "raw": opened(weights="raw")}
+    models = {kind: opened(run, replace(options, weights=kind)) for kind in ("average", "raw")}
     model = models["average"]
     if not model.config.average.half_life_images:
         models = {"raw": model}
     how = wanted(model.config.sampling, options)
     check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
-    images = prepare(model.config.data, run.directory.parent, model.trusted)
-    if drift.began(run).get("data") != images.facts():
-        raise RunError(f"the images are not those that run {run.id} was trained on; restore them")
+    images = of_run(run, model.config.data, model.trusted)
     held = unseen(images, model, count)
     with Progress(level_count, "noise levels") as bar:
         gaussian = _gaussian(images, model)

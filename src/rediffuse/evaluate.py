@@ -17,20 +17,19 @@ from typing import Any
 
 import torch
 
-from rediffuse import drift, tables
+from rediffuse import tables
 from rediffuse.config.schema import Config, Sampling
 from rediffuse.drawing import Job
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.evaluation.card import Card, digest_of
 from rediffuse.evaluation.figures import Figure, short, shown_spread
 from rediffuse.evaluation.measures import INCEPTION
-from rediffuse.gallery import Options, wanted, wanted_job
+from rediffuse.gallery import Options, opened, settled
 from rediffuse.given import pair
-from rediffuse.images import prepare
+from rediffuse.images import of_run
 from rediffuse.judging import Cost, Study, drawn
-from rediffuse.legality import check_sampling
 from rediffuse.likelihoods import bits, card_of
-from rediffuse.models import Model, find, load
+from rediffuse.models import Model, find
 from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 from rediffuse.references import joined, looked_at, networks, real_parts
@@ -116,11 +115,10 @@ def evaluate(word: str, options: Options, asked: Asked) -> int:
     with devices.main_talks():
         run = find(word, options.root)
         model = opened(run, options)
-        how = way(model, options)
-        wanted_job(model, options)  # refused before anything is looked at
+        settled(model, options)  # refused before anything is looked at
         study = study_of(run, model, asked)
         count = options.count or (None if options.seeds else study.usual_n)
-        job = wanted_job(model, replace(options, count=count))
+        how, job = settled(model, replace(options, count=count))
         check_job(job, study, asked)
         found = [judged(run, model, how, job, study, devices, again=asked.again)]
         if not devices.is_main:
@@ -177,6 +175,13 @@ def check_metrics(asked: Asked) -> None:
     Raises:
         ConfigError: naming those that there are, or what else is needed.
     """
+    known = (*_INCEPTIONS_OWN, *_METRICS)
+    for name in asked.metrics:
+        if name not in known:
+            raise ConfigError(
+                f"--metric {name}: there is none{did_you_mean(name, known)}; there are "
+                f"{', '.join(known)}"
+            )
     for name, given in (("cas", asked.accuracy_score), ("bits", asked.likelihood)):
         if name in asked.metrics and not given:
             option = {"cas": "--cas", "bits": "--likelihood N"}[name]
@@ -190,13 +195,6 @@ def check_metrics(asked: Asked) -> None:
             )
     if "agreement" in asked.metrics and asked.features and "classifier" not in asked.features:
         raise ConfigError("--metric agreement is the classifier's; add --features classifier")
-    known = (*_INCEPTIONS_OWN, *_METRICS)
-    for name in asked.metrics:
-        if name not in known:
-            raise ConfigError(
-                f"--metric {name}: there is none{did_you_mean(name, known)}; there are "
-                f"{', '.join(known)}"
-            )
 
 
 def through(asked: Asked) -> tuple[str, ...]:
@@ -216,30 +214,6 @@ _METRICS = (
 )
 
 
-def opened(run: Run, options: Options) -> Model:
-    """The model that a run's checkpoint holds."""
-    return load(
-        run.directory,
-        weights=options.weights,
-        which=options.checkpoint,
-        device=options.device,
-        trusted=options.trust,
-    )
-
-
-def way(model: Model, options: Options) -> Sampling:
-    """How it is sampled, once that is known to work.
-
-    Raises:
-        ConfigError: if it does not.
-    """
-    how = wanted(model.config.sampling, options)
-    if options.guide_by and how.guidance.arguments.get("scale") == 1:
-        raise ConfigError("--guide-by needs --guidance above 1; at 1 nobody asks the weaker model")
-    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
-    return how
-
-
 def study_of(run: Run, model: Model, asked: Asked) -> Study:
     """What a run's images are held against, seen through the networks that are asked for.
 
@@ -247,13 +221,7 @@ def study_of(run: Run, model: Model, asked: Asked) -> Study:
         RediffuseError: if the images are not there, or not those that the run was trained on.
     """
     root = run.directory.parent
-    images = prepare(model.config.data, root, model.trusted)
-    if drift.began(run).get("data") != images.facts():
-        raise RunError(
-            f"the images are not those that run {run.id} was trained on; restore them, or name "
-            "others with --images and --reference"
-        )
-    parts = real_parts(images)
+    parts = real_parts(of_run(run, model.config.data, model.trusted))
     if asked.against not in parts:
         raise ConfigError(f"--against {asked.against}: there are {', '.join(parts)} images")
     looking = networks(root, parts["train"], through(asked), model.device, note)

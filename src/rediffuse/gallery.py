@@ -86,13 +86,7 @@ def sample(word: str, options: Options) -> int:
 
 
 def _sample(run: Run, options: Options, devices: Devices) -> int:
-    model = load(
-        run.directory,
-        weights=options.weights,
-        which=options.checkpoint,
-        device=options.device,
-        trusted=options.trust,
-    )
+    model = opened(run, options)
     how, job = settled(model, options)
     assert model.origin
     name = f"{model.origin['checkpoint']}-{_job_name(how, job, options)}"
@@ -136,6 +130,21 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     if options.reconstruct:
         print(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
     return 0
+
+
+def opened(run: Run, options: Options) -> Model:
+    """The model of the checkpoint and weights that are asked for.
+
+    Raises:
+        RediffuseError: if there is none.
+    """
+    return load(
+        run.directory,
+        weights=options.weights,
+        which=options.checkpoint,
+        device=options.device,
+        trusted=options.trust,
+    )
 
 
 def settled(model: Model, options: Options) -> tuple[Sampling, Job]:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from rediffuse import build
+from rediffuse import build, drift
 from rediffuse.config.schema import Data
 from rediffuse.data.packing import Packed, Part, pack
 from rediffuse.data.splits import split
+from rediffuse.errors import RunError
+from rediffuse.runs import Run
 
 Rows = Int64[np.ndarray, " _"]  # any number of rows
 
@@ -41,6 +43,25 @@ class Images:
             "train_images": self.per_epoch,
             "validation_images": len(self.held_out_rows),
         }
+
+
+def of_run(run: Run, data: Data, trusted: Sequence[str] | None = None) -> Images:
+    """The images that a run was trained on, packed or found packed beside it.
+
+    Raises:
+        RunError: if they are others now.
+        DataError: if they are missing, broken, or too few.
+    """
+    images = prepare(data, run.directory.parent, trusted)
+    known, found = drift.began(run).get("data"), images.facts()
+    if known != found:
+        before = known if isinstance(known, dict) else {}
+        differing = [key for key, value in found.items() if before.get(key) != value]
+        raise RunError(
+            f"the images are not those that run {run.id} was trained on ({', '.join(differing)} "
+            "changed); restore them, or start a new run with parent_run_id"
+        )
+    return images
 
 
 def prepare(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Images:

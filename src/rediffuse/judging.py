@@ -119,12 +119,10 @@ def drawn(
     job = share(job, here.rank, here.ranks, CHUNK)
     if job.batch_size is None:
         job = replace(job, batch_size=_batch_size(model, how, job))
-    clocks = [Clock(of.denoiser.network) for of in (model, job.weaker) if of]
-    timed, *weaker = (
-        replace(of, denoiser=replace(of.denoiser, network=clock))
-        for of, clock in zip(filter(None, (model, job.weaker)), clocks, strict=True)
-    )
-    job = replace(job, weaker=weaker[0] if weaker else None)
+    timed, *clocks = _clocked(model)
+    if job.weaker:
+        weaker, other = _clocked(job.weaker)
+        job, clocks = replace(job, weaker=weaker), [*clocks, other]
     began, asked = time.perf_counter(), 0
     held: list[Pixels] = []
 
@@ -157,6 +155,12 @@ def drawn(
     )
     held = [pixels for one in everyones for pixels in one.held]
     return Drawn(seen, cost, np.concatenate(held) if keep_pixels else None)
+
+
+def _clocked(model: Model) -> tuple[Model, Clock]:
+    """The same model, with a clock around its network."""
+    clock = Clock(model.denoiser.network)
+    return replace(model, denoiser=replace(model.denoiser, network=clock)), clock
 
 
 class _Share(NamedTuple):

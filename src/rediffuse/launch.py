@@ -23,7 +23,7 @@ from rediffuse.config.compose import (
 from rediffuse.config.schema import AUTO, Config
 from rediffuse.data.batches import Batch, Batches, fixed
 from rediffuse.errors import ConfigError, RunError, TrainingError
-from rediffuse.images import Images, prepare
+from rediffuse.images import Images, of_run, prepare
 from rediffuse.legality import check
 from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
 from rediffuse.runs import Run
@@ -118,8 +118,7 @@ def resume(
     check(config, trusted)
     devices = choose(config.device)
     set_up(config, devices)
-    images = prepare(config.data, run.directory.parent, trusted)
-    _check_same_images(run, images)
+    images = of_run(run, config.data, trusted)
     config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
@@ -467,14 +466,3 @@ def _created(
 def _writing(run: Run, devices: Devices) -> Iterator[None]:
     with runs.locked(run) if devices.is_main else nullcontext():
         yield
-
-
-def _check_same_images(run: Run, images: Images) -> None:
-    known, found = drift.began(run).get("data"), images.facts()
-    if known != found:
-        before = known if isinstance(known, dict) else {}
-        differing = [key for key, value in found.items() if before.get(key) != value]
-        raise RunError(
-            f"the images are not those that run {run.id} was trained on ({', '.join(differing)} "
-            "changed); restore them, or start a new run with parent_run_id"
-        )

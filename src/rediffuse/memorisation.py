@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from rediffuse import drift, tables
+from rediffuse import tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.splits import split
 from rediffuse.drawing import Job, draw
@@ -31,10 +31,9 @@ from rediffuse.evaluation.memorisation import (
     judge,
     nearness,
 )
-from rediffuse.gallery import Options, wanted, wanted_job
-from rediffuse.images import Images, prepare
-from rediffuse.legality import check_sampling
-from rediffuse.models import Model, find, load
+from rediffuse.gallery import Options, opened, settled
+from rediffuse.images import Images, of_run
+from rediffuse.models import Model, find
 from rediffuse.pictures import Pixels, grid, save_png
 from rediffuse.progress import Progress
 from rediffuse.session import say
@@ -78,19 +77,9 @@ def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
     if count > _MOST_SAMPLES:
         raise ConfigError(f"--n {count:,}: more than {_MOST_SAMPLES:,} samples at once")
     run = find(word, options.root)
-    model = load(
-        run.directory,
-        weights=options.weights,
-        which=options.checkpoint,
-        device=options.device,
-        trusted=options.trust,
-    )
-    how = wanted(model.config.sampling, options)
-    check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
-    job = wanted_job(model, replace(options, count=count))
-    images = prepare(model.config.data, run.directory.parent, model.trusted)
-    if drift.began(run).get("data") != images.facts():
-        raise RunError(f"the images are not those that run {run.id} was trained on; restore them")
+    model = opened(run, options)
+    how, job = settled(model, replace(options, count=count))
+    images = of_run(run, model.config.data, model.trusted)
     known = real(images, mirrored=model.config.data.flip)
     samples = _drawn(model, how, job)
     found = compared(samples, known)

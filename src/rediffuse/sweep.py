@@ -30,16 +30,14 @@ from rediffuse.evaluate import (
     judged,
     lines,
     note,
-    opened,
     print_table,
     record,
     samples,
     study_of,
-    way,
 )
 from rediffuse.evaluation.card import digest_of
 from rediffuse.evaluation.figures import Figure, shown_spread
-from rediffuse.gallery import Options, wanted_job
+from rediffuse.gallery import Options, opened, settled
 from rediffuse.judging import Study
 from rediffuse.models import Model, find
 from rediffuse.runs import Run
@@ -178,8 +176,8 @@ def _sweep(
 
 
 def _cell(model: Model, options: Options) -> Cell:
-    how = way(model, options)
-    return Cell(model, how, wanted_job(model, options), options.solver or how.solver.name)
+    how, job = settled(model, options)
+    return Cell(model, how, job, options.solver or how.solver.name)
 
 
 def _filled(

@@ -55,11 +55,10 @@ class Devices:
 
     def everyones(self, mine: Value) -> list[Value]:
         """What every rank has, in the order of ranks, on each of them."""
-        if self.ranks == 1:
-            return [mine]
-        box: list[Value | None] = [None] * self.ranks
-        torch.distributed.all_gather_object(box, mine)
-        return [value for value in box if value is not None]
+        box = [mine] * self.ranks
+        if self.ranks > 1:
+            torch.distributed.all_gather_object(box, mine)
+        return box
 
     @contextmanager
     def main_talks(self) -> Iterator[None]:
