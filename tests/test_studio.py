@@ -417,12 +417,15 @@ def served(trained: tuple[Path, str], tmp_path_factory) -> Iterator[SimpleNamesp
     with log.open("w") as said:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True, cwd=root)
     with process:
-        assert process.stdout
-        word, address = process.stdout.readline().split() or ("", log.read_text())
-        assert word == "studio", address
-        yield SimpleNamespace(address=address, root=root, run=Run(root / trained[1]))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        try:
+            assert process.stdout
+            word, address = process.stdout.readline().split() or ("", log.read_text())
+            assert word == "studio", address
+            yield SimpleNamespace(address=address, root=root, run=Run(root / trained[1]))
+            process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell has put aside
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
     assert "Traceback" not in log.read_text()
 
 
