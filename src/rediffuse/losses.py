@@ -24,9 +24,9 @@ class Noised(NamedTuple):
     `given` is the estimate of x_0 that a self-conditioned network is shown (Chen et al. 2023).
     """
 
-    x_0: Float[Tensor, "batch *shape"]
-    eps: Float[Tensor, "batch *shape"]
-    x_t: Float[Tensor, "batch *shape"]
+    x_0: Float[Tensor, " batch *shape"]
+    eps: Float[Tensor, " batch *shape"]
+    x_t: Float[Tensor, " batch *shape"]
     t: Float64[Tensor, " batch"]
     cond: Tensor | None = None
     given: Tensor | None = None
