@@ -54,7 +54,14 @@ class Process:
 
     def stdout(self) -> str:
         """What it has said so far."""
-        file = self._outputs.with_suffix(".out")
+        return self._said(".out")
+
+    def stderr(self) -> str:
+        """What it has complained of and told of its progress so far."""
+        return self._said(".err")
+
+    def _said(self, suffix: str) -> str:
+        file = self._outputs.with_suffix(suffix)
         return file.read_text() if file.exists() else ""
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> Done:
@@ -64,9 +71,8 @@ class Process:
             if late:
                 self.send(signal.SIGKILL)
             code = self._zygote.ask(wait=self.pid)
-            stderr = self._outputs.with_suffix(".err").read_text()
-            self._done = Done(self._words, code, self.stdout(), stderr)
-            assert not late, f"{self._words} ran for {timeout_s} s\n{self.stdout()}{stderr}"
+            self._done = Done(self._words, code, self.stdout(), self.stderr())
+            assert not late, f"{self._words} ran for {timeout_s} s\n{self.stdout()}{self.stderr()}"
         return self._done
 
 

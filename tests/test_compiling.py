@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli import TINY, edit, rediffuse, run_id
+from cli import TINY, edit, rediffuse, run_id, zygote
 
 from rediffuse import launch
 from rediffuse.config.compose import compose
@@ -32,10 +32,7 @@ from rediffuse.networks.fused import group_norm
 torch.set_num_threads(1)
 torch.manual_seed(0)
 found = []
-for dtype, mean, modulates in (
-    (torch.float32, 0.0, True), (torch.float32, 100.0, True), (torch.float32, 0.0, False),
-    (torch.bfloat16, 0.0, True),
-):
+for dtype, mean, modulates in GIVEN:
     x = (2 * torch.randn(4, 24, 6, 6) + mean).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     given = [torch.randn(24, requires_grad=True) for _ in range(2)]
@@ -64,7 +61,7 @@ from rediffuse.networks.unet import UNet
 from rediffuse.training.compiling import trial
 torch.set_num_threads(1)
 torch.manual_seed(0)
-for scale_shift, groups in ((False, 8), (True, 32)):
+for scale_shift, groups in GIVEN:
     network = UNet(in_channels=1, out_channels=1, image_size=8, base_channels=32, num_classes=2,
                    channel_multipliers=(1, 2), attention_resolutions=(4,), blocks_per_level=1,
                    scale_shift=scale_shift, norm=lambda channels: group(channels, groups=groups))
@@ -84,17 +81,26 @@ def run(program: str) -> str:
     return done.stdout
 
 
+MODULATED = "(torch.float32, 0.0, True), (torch.float32, 100.0, True), (torch.bfloat16, 0.0, True)"
+
+
 @needs_a_compiler
-def test_the_group_norm_of_compiled_loops_is_torchs() -> None:
-    for dtype, mean, difference in json.loads(run(NORM)):
+@pytest.mark.parametrize(
+    "given", [MODULATED, pytest.param("(torch.float32, 0.0, False),", marks=pytest.mark.slow)]
+)
+def test_the_group_norm_of_compiled_loops_is_torchs(given: str) -> None:
+    for dtype, mean, difference in json.loads(run(NORM.replace("GIVEN", f"({given})"))):
         # float32: 6e-8 relative, times a mean of 50 deviations; bfloat16: 2^-9 each way
         tolerance = {"torch.bfloat16": 6e-3}.get(dtype, 3e-6 if mean else 3e-7)
         assert difference < tolerance, (dtype, mean, difference)
 
 
 @needs_a_compiler
-def test_a_trial_compares_and_touches_nothing() -> None:
-    run(NETWORK)
+@pytest.mark.parametrize(
+    "given", ["(True, 32),", pytest.param("(False, 8),", marks=pytest.mark.slow)]
+)
+def test_a_trial_compares_and_touches_nothing(given: str) -> None:
+    run(NETWORK.replace("GIVEN", f"({given})"))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,24 @@ def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, more: tuple[str, ...
     if more == LOOKED_AT:
         again = rediffuse("reproduce", run_id(cut), root=tmp_path)
         assert "PASS" in again.stdout
+
+
+WHOLE = """
+import atexit
+from torch._dynamo.utils import counters
+from rediffuse import launch
+launch.compile_network = lambda network, device: network.compile(backend="eager", fullgraph=True)
+launch._compile_settled = lambda config, *rest: config
+atexit.register(lambda: print("graphs", counters["stats"]["unique_graphs"]))
+"""
+
+
+def test_a_network_that_is_compiled_whole_is_compiled_once(tmp_path: Path) -> None:
+    """As on a GPU: without a break, and not anew for a batch, a preview or a validation."""
+    looking_on = ("training.preview_every_images=48", "training.validate_every_images=48")
+    words = ("train", *TINY, "training.images=144", "training.compile=true", *looking_on)
+    done = zygote().run(*words, root=tmp_path, before=WHOLE, check=0)
+    assert done.stdout.splitlines()[-1] == "graphs 1"
 
 
 @pytest.mark.parametrize("wanted", [True, "auto"])

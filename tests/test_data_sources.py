@@ -15,6 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from published import idx, write_idx
 
 from rediffuse.data.decoding import read, to_square
 from rediffuse.data.packing import pack
@@ -270,29 +271,11 @@ class TestFolder:
         assert folder(path=tmp_path).identity != before
 
 
-def idx(array):
-    return (
-        b"\0\0\x08"
-        + bytes([array.ndim])
-        + struct.pack(f">{array.ndim}I", *array.shape)
-        + bytes(array)
-    )
-
-
-def write_idx(place, prefix, images, labels, compress=False):
-    place.mkdir(parents=True, exist_ok=True)
-    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-        data, name = idx(array), f"{prefix}-{kind}-ubyte"
-        if compress:
-            data, name = gzip.compress(data), f"{name}.gz"
-        (place / name).write_bytes(data)
-
-
 class TestPublished:
     @pytest.mark.parametrize("compress", [False, True])
     def test_idx_files_are_read_plain_or_gzipped_and_test_may_be_missing(self, tmp_path, compress):
         images, labels = noise(5, 7, 4).transpose(2, 0, 1).copy(), np.array([3, 1, 0, 9], np.uint8)
-        write_idx(tmp_path / "MNIST" / "raw", "train", images, labels, compress)
+        write_idx(tmp_path / "MNIST" / "raw", "train", images, labels, compress=compress)
         source = mnist(root=tmp_path)
         assert list(source.parts) == ["train"]
         for row, (image, label, _) in enumerate(examples(source.parts["train"])):

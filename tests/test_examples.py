@@ -1,14 +1,11 @@
 """The examples, run as their first lines say, on a run small enough to wait for."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import TINY, rediffuse, run_id
+from cli import TINY, rediffuse, run_id, zygote
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -21,18 +18,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def example(name: str, *words: str, root: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *words],
-        env={**os.environ, "REDIFFUSE_ROOT": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=root,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    file = str(EXAMPLES / f"{name}.py")
+    run = f"""
+import runpy, sys
+sys.argv = {[file, *words]}
+runpy.run_path({file!r}, run_name="__main__")
+raise SystemExit(0)
+"""
+    return zygote().run(root=root, before=run, check=0).stdout
 
 
+@pytest.mark.slow  # what test_toy.py has, in a script
 def test_the_toy_learns_its_points(tmp_path: Path) -> None:
     said = example("toy", root=tmp_path)
     assert float(re.search(r"([\d.]+)% of the points", said)[1]) >= 95  # type: ignore[index]

@@ -412,6 +412,7 @@ def test_every_convolution_sees_the_memory_layout_of_the_input(
     assert strayed == []
 
 
+@pytest.mark.slow  # a whole run does it in test_compiling.py
 def test_the_compiler_sees_one_graph() -> None:
     """In a process of its own: the compiler cannot look through the tests' checks of shapes."""
     program = """

@@ -181,6 +181,7 @@ def test_loss_aware_times_go_on_from_a_checkpoint_to_the_last_bit(tmp_path: Path
     assert same(weights(whole.learned), weights(again.learned))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_learned_weighting_moves_towards_minus_log_of_the_loss() -> None:
     """w·L - ln w is least at w = 1/L (Karras et al. 2024, Eq. 14-15)."""
     weighting = weightings.uncertainty(channels=8)
@@ -203,6 +204,7 @@ def test_a_learned_weighting_moves_towards_minus_log_of_the_loss() -> None:
     assert after == pytest.approx(1 / np.mean(losses), rel=0.35)  # 16 images are what is known
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_learned_schedule_makes_the_losses_more_even_and_leaves_its_ends() -> None:
     """Kingma et al. 2021, App. H: its gradient is that of the loss' variance."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsing import chromium, needs_chromium
 from cli import TINY, content, edit
 from matplotlib.text import Text
 from PIL import Image
@@ -401,20 +402,14 @@ def test_a_film_has_its_frames_a_growing_bar_and_rests_on_the_last():
 
 # A browser
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 
-
-@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine")
+@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1366, 800])
 def test_chromium_shows_it_offline_without_a_complaint(
     whole: Path, scheme: str, width: int
 ) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         there = browser.new_context(
             viewport={"width": width, "height": 768}, color_scheme=scheme, offline=True
         )
@@ -427,7 +422,6 @@ def test_chromium_shows_it_offline_without_a_complaint(
         sources = page.evaluate("[...document.images].map(i => i.currentSrc)")
         broad = page.evaluate("document.documentElement.scrollWidth")
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        browser.close()
     assert heard == []
     assert [url for url in asked if not url.startswith("data:")] == [whole.as_uri()]
     assert len(sizes) == len([*CURVES, *PREVIEWS, *DRAWN, *SCHEDULE])

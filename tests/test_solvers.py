@@ -186,6 +186,7 @@ def test_ddim_is_song_et_al_equations_12_and_16():
     torch.testing.assert_close(found, literal, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("variance", [0.0, 1.0])
 def test_ancestral_is_ho_et_al_algorithm_2(variance):
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

@@ -1,16 +1,14 @@
 """`rediffuse init` makes a folder in which its own words hold."""
 
 import importlib.util
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli import zygote
 from oracles import final, gaussian, no_noise
 from PIL import Image
 
@@ -67,16 +65,9 @@ def test_a_few_images_train_and_a_solver_of_ones_own_draws(project: Path) -> Non
 
 
 def _command(project: Path, *words: str, code: int = 0) -> str:
-    path = os.pathsep.join(filter(None, (str(project), os.environ.get("PYTHONPATH"))))
-    kept = {k: v for k, v in os.environ.items() if k != "REDIFFUSE_ROOT"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rediffuse", *words],
-        env={**kept, "PYTHONPATH": path},
-        cwd=project,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == code, done.stderr
+    here = "import sys; sys.path.insert(0, '')"  # as PYTHONPATH=. and `python -m` have it
+    env = {"REDIFFUSE_ROOT": "runs"}
+    done = zygote().run(*words, root=project, env=env, before=here, check=code)
     return done.stdout + done.stderr
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsing import CHROMIUM, chromium
 from cli import TINY
 from PIL import Image
 
@@ -454,20 +455,13 @@ def test_the_server_hands_out_no_file_and_answers_no_stranger(served):
 
 # A browser
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip("there is no chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 # Gradio's canvas calls an older PixiJS, and headless Chromium draws it without a GPU.

@@ -1,15 +1,12 @@
 """Every combination once, with the same noise, whoever kills what."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import TINY
+from cli import TINY, zygote
 from PIL import Image
 
 from rediffuse import launch, references, runs
@@ -84,15 +81,11 @@ def figures(sweep: dict[str, Any]) -> list[Any]:
     return [{k: v for k, v in cell.items() if k not in timed} for cell in sweep["cells"]]
 
 
-_SWEEP = """
-import sys
+LITTLE = """
 from rediffuse import references
 from rediffuse.evaluation import measures
 references.CLASSIFIER_IMAGES = 640
 measures.MEASURE |= {"kernel_subsets": 3, "kernel_subsets_of_a_block": 2}
-from rediffuse.cli import main
-main(["sweep", "--solver", "ddim,heun", "--steps", "8,12", "--n", "40",
-      "--allow-small-n", "--device", "cpu"])
 """
 
 
@@ -100,19 +93,16 @@ def test_a_killed_sweep_draws_only_what_is_missing_and_finds_the_same(
     trained: tuple[Path, str],
 ) -> None:
     root, run = trained
-    env = {**os.environ, "REDIFFUSE_ROOT": str(root), "COLUMNS": "100"}
-    command = [sys.executable, "-c", _SWEEP, run]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith("1 of 4"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    words = ("sweep", run, "--solver", "ddim,heun", "--steps", "8,12")
+    few = ("--n", "40", "--allow-small-n", "--device", "cpu")
+    killed = zygote().start(*words, *few, root=root, before=LITTLE)
+    while "1 of 4" not in killed.stderr():
+        assert not killed.ends_within(0.02)
+    killed.send(signal.SIGKILL)
+    killed.wait()
     before = {f: f.stat().st_mtime_ns for f in (root / run / "evaluation").glob("step-*.json")}
     assert 1 <= len(before) < 4
-    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    again = zygote().run(*words, *few, root=root, before=LITTLE, check=0)
     assert all(file.stat().st_mtime_ns == at for file, at in before.items())
     resumed = kept(root, run)
     assert [(c["solver"], c["steps"]) for c in resumed["cells"]] == [

@@ -117,7 +117,8 @@ def _headers(files: Files) -> tuple[dict[tuple[int, int], str], int, tuple[str, 
 
 def _size(sides: list[Side], asked: int | None) -> int:
     """The one size that both sides have, or are brought to."""
-    sizes = {size: f"{side.word}/{name}" for side in sides for size, name in side.sizes.items()}
+    named = ((side.word.rstrip("/"), side.sizes) for side in sides)
+    sizes = {size: f"{word}/{name}" for word, found in named for size, name in found.items()}
     for side in sides:
         if isinstance(side.found, Packed) and asked not in (None, side.found.image_size):
             raise DataError(
