@@ -633,3 +633,10 @@ def test_a_run_is_seen_as_it_trains_and_its_name_is_no_markup(page, served):
         file.write(json.dumps({"images": 289, "time": 1.0, "loss": 0.125}) + "\n")
     page.locator("#training-shown").get_by_text("0.125", exact=True).wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_a_narrow_page_covers_nothing(page: Any) -> None:
+    page.set_viewport_size({"width": 420, "height": 900})
+    title, run = (page.locator(f"#top {part}").bounding_box() for part in ("#title", ".form"))
+    assert title["y"] + title["height"] <= run["y"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
