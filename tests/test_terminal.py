@@ -305,6 +305,7 @@ def test_every_key_of_the_configuration_is_completed() -> None:
     keys = {*leaves(compose(()).model_dump())}
     offered = {word.partition("=")[0] for word in completed("train", "")}
     assert {key for key in keys - offered if key.count(".") < 2} == set()
+    assert not {"schedule.defaults", "schedule.schedule", "objective.objective"} & offered
 
 
 def test_bash_completes_a_real_line(trained: tuple[Path, str, str], tmp_path: Path) -> None:

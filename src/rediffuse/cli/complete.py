@@ -16,7 +16,8 @@ _OURS = Path(__file__).parent.parent / "configs"
 _OF_SAMPLING = ("solver", "grid", "guidance", "threshold")
 _SCHEMA = Path(__file__).parent.parent / "config" / "schema.py"
 _ID = re.compile(r"[0-9a-f]{32}")
-_KEY, _FIELD = (re.compile(rf"^{left}(\w+):", re.MULTILINE) for left in ("", "    "))
+_KEY, _INNER, _FIELD = (re.compile(rf"^{n}(\w+):", re.MULTILINE) for n in ("", "  ", "    "))
+_INDENTED = re.compile(r"(?:  .*\n)*")
 _MOST_RUNS = 200
 
 
@@ -88,9 +89,13 @@ def _declared() -> Iterable[str]:
 
 
 def _keys_of(group: str) -> Iterable[str]:
+    """What stands in a group's files, or in its section of those that set more than the group."""
     for file in _files(group):
         with suppress(OSError, ValueError):
-            yield from _KEY.findall(file.read_text())
+            text = file.read_text()
+            _, several, rest = text.partition(f"\n{group}:\n")
+            inner = _INDENTED.match(rest) if several else None
+            yield from _INNER.findall(inner[0]) if inner else _KEY.findall(text)
 
 
 def _groups() -> list[str]:

@@ -21,9 +21,20 @@ def completion(ctx: click.Context, shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind
     script = kind(ctx.find_root().command, {}, "rediffuse", "_REDIFFUSE_COMPLETE").source()
-    click.echo(script.replace(_END_OF_BASH, _NO_SPACE + _END_OF_BASH))
+    for place, line in _NO_SPACE.items():
+        script = script.replace(place, line)
+    click.echo(script)
 
 
-_END_OF_BASH = "    return 0\n"
-_NO_SPACE = "    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace\n"
-"""After a key and its =, the value follows at once."""
+_NO_SPACE = {
+    "    return 0\n": (
+        "    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace\n"
+        "    return 0\n"
+    ),
+    "        compadd -U -V unsorted -a completions\n": (
+        "        local -a suffix\n"
+        "        [[ ${#completions[@]} == 1 && ${completions[1]} == *= ]] && suffix=(-S '')\n"
+        '        compadd -U -V unsorted "${suffix[@]}" -a completions\n'
+    ),
+}
+"""Lines of click's bash and zsh: after a key and its =, the value follows at once, as in fish."""
