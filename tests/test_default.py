@@ -64,7 +64,7 @@ def assert_mlflow_has_it_all(root: Path, run: str) -> None:
 
 @pytest.mark.slow
 def test_the_default_run_draws_digits_that_a_classifier_reads(tmp_path: Path) -> None:
-    run = run_id(rediffuse("train", root=tmp_path))
+    run = run_id(rediffuse("train", root=tmp_path, timeout_s=1800))
     done = rediffuse("sample", run, "--n", "500", root=tmp_path)
     folder = Path(re.search(r": (\S+)\n", done.stdout)[1])  # type: ignore[index]
     drawn = np.stack([np.asarray(Image.open(f)) for f in sorted(folder.glob("0*.png"))])

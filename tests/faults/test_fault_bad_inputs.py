@@ -559,7 +559,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str, str]] = {
         ".png",
         "broken",
     ),
-    "a palette of 100 MB": (lambda: png(8, 8, chunk(b"PLTE", bytes(10**8))), ".png", "MB"),
+    "a palette of 100 MB": (lambda: png(8, 8, chunk(b"PLTE", bytes(10**8))), ".png", "bytes"),
     "a bomb in a zTXt chunk": (
         lambda: png(8, 8, chunk(b"zTXt", b"k\0\0" + zeros(10**9))),
         ".png",

@@ -89,7 +89,8 @@ def choose(device: str = "auto") -> Devices:
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")
-        return Devices(state.device, state.process_index, state.num_processes)
+        on = state.device if state.device.type != "cpu" else torch.device("cpu")  # not cpu:0
+        return Devices(on, state.process_index, state.num_processes)
     if device == "auto":
         return Devices(torch.device(_best()))
     try:
