@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,8 +61,8 @@ rediffuse.plan.MEASURED_S = 0.0
 rediffuse.references.CLASSIFIER_IMAGES = 640
 rediffuse.judging.MEASURE |= {"kernel_subsets": 3, "kernel_subsets_of_a_block": 2}
 """
-INSTALLING = ("pip", "source", "uv")
-"""What continuous integration has done before it comes to the tests."""
+INSTALLING = ("pip install uv", "uv sync", "source .venv/bin/activate")
+"""What continuous integration has done before it comes to the tests; nothing else is left out."""
 SERVERS = ("mlflow", "tensorboard")
 CIFAR = "cifar-10-batches-py"
 
@@ -131,7 +132,7 @@ class Reader:
             self._run_in_two(block, self._short([self._named(word) for word in told]))
         elif words[0] in SERVERS:
             self._serve(block, words)
-        elif told is None and words[0] in INSTALLING:
+        elif " ".join(words) in INSTALLING:
             return
         elif told is None and words[:2] == ["python", "-m"]:
             subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
@@ -184,9 +185,9 @@ class Reader:
         )
         try:
             deadline = time.monotonic() + TIMEOUT_S
-            while not listens(port):
+            while not answers(f"http://127.0.0.1:{port}/"):
                 assert server.poll() is None, f"{block}: {words} has ended"
-                assert time.monotonic() < deadline, f"{block}: {words} does not listen"
+                assert time.monotonic() < deadline, f"{block}: {words} does not answer"
                 time.sleep(0.2)
         finally:
             os.killpg(server.pid, signal.SIGKILL)
@@ -259,10 +260,10 @@ def fewer(numbers: str, most: int) -> str:
     return ",".join(str(min(int(n), most + at)) for at, n in enumerate(numbers.split(",")))
 
 
-def listens(port: int) -> bool:
-    """Whether somebody does."""
+def answers(address: str) -> bool:
+    """Whether a page is there."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=5):
-            return True
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return bool(answer.status == 200)
     except OSError:
         return False
