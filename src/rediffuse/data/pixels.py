@@ -23,7 +23,7 @@ def to_model(
         ConfigError: if a list has not one number per channel.
     """
     x = pixels.float()
-    return x.div_(255).sub_(_per_channel(mean, x)).div_(_per_channel(std, x))
+    return x.div_(_per_channel(255.0, x)).sub_(_per_channel(mean, x)).div_(_per_channel(std, x))
 
 
 def to_uint8(
@@ -90,9 +90,13 @@ def _reflected(at: Tensor, length: int) -> Tensor:
     return last - (last - at.abs()).abs()
 
 
-def _per_channel(level: Level, x: Tensor) -> float | Tensor:
+def _per_channel(level: Level, x: Tensor) -> Tensor:
+    """One number, or one per channel, on x's device.
+
+    A GPU would multiply by the reciprocal of a plain number, which has another last digit.
+    """
     if not isinstance(level, Sequence):
-        return level
+        return x.new_full((), level)
     if len(level) != x.shape[-3]:
         raise ConfigError(
             f"data.mean and data.std: {list(level)} has {len(level)} numbers for images of "
