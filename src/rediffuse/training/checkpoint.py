@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rediffuse.errors import CheckpointError, TrainingError
 from rediffuse.reading import read_bytes
+from rediffuse.tensors import FETCHING
 from rediffuse.training.state import Sums, TrainState, UsualLoss
 
 FORMAT = 2
@@ -59,21 +60,22 @@ def snapshot(state: TrainState) -> Snapshot:
     Raises:
         TrainingError: if a weight, an average or a moment is not finite; such a state is not kept.
     """
-    tensors = {
-        "model.safetensors": _copied(state.network.state_dict()),
-        "optimizer.safetensors": _copied(_optimizer_tensors(state)),
+    there = {
+        "model.safetensors": state.network.state_dict(),
+        "optimizer.safetensors": _optimizer_tensors(state),
     }
     if state.average:
-        tensors["average.safetensors"] = _copied(state.average.network.state_dict())
+        there["average.safetensors"] = state.average.network.state_dict()
     if state.learned:
-        tensors[_LEARNED] = _copied(state.learned.state_dict())
-    for file, named in tensors.items():
-        for name, tensor in named.items():
-            if not tensor.isfinite().all():
-                raise TrainingError(
-                    f"{name} in {file} is not finite after {state.images_seen:,} images: nothing "
-                    "is saved, and the checkpoint before is untouched"
-                )
+        there[_LEARNED] = state.learned.state_dict()
+    copies = [_copied(named) for named in there.values()]
+    tensors = dict(zip(there, copies, strict=True))  # a GPU may still be filling them
+    for file, named in there.items():
+        if name := _not_finite(named):
+            raise TrainingError(
+                f"{name} in {file} is not finite after {state.images_seen:,} images: nothing is "
+                "saved, and the checkpoint before is untouched"
+            )
     facts = {
         **{name: getattr(state, name) for name in _COUNTERS},
         **{name: getattr(state, name).item() for name in _SKIPPED},
@@ -452,10 +454,23 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    """Copies on the CPU, which a GPU fills by itself: they are there once it has told a value."""
+    copies = {}
+    for name, tensor in tensors.items():
+        by_itself = tensor.device.type in FETCHING
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=by_itself)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=by_itself)
+    return copies
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The first tensor with a value that is not finite; waits for the devices that they are on."""
+    found = [tensor.isfinite().all() for tensor in tensors.values()]
+    for device in {flag.device for flag in found}:
+        flags = torch.stack([flag for flag in found if flag.device == device])
+        if not flags.all():
+            return next(n for n, flag in zip(tensors, found, strict=True) if not flag)
+    return None
 
 
 def _json(value: Any) -> bytes:
