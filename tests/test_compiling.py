@@ -16,7 +16,7 @@ from cli import TINY, edit, rediffuse, run_id, zygote
 
 from rediffuse import launch
 from rediffuse.config.compose import compose
-from rediffuse.errors import TrainingError
+from rediffuse.errors import ConfigError, TrainingError
 from rediffuse.images import prepare
 from rediffuse.training.compiling import Trial
 from rediffuse.training.devices import Devices
@@ -148,14 +148,16 @@ WHOLE = """
 import atexit
 from torch._dynamo.utils import counters
 from rediffuse import launch
-launch.compile_network = lambda network, device: network.compile(backend="eager", fullgraph=True)
-launch._compile_settled = lambda config, *rest: config
+from rediffuse.training import compiling
+def whole(network, device, replayed):
+    network.compile(backend="eager", fullgraph=True)
+launch.compile_network = compiling.compile_network = whole
 atexit.register(lambda: print("graphs", counters["stats"]["unique_graphs"]))
 """
 
 
 def test_a_network_that_is_compiled_whole_is_compiled_once(tmp_path: Path) -> None:
-    """As on a GPU: without a break, and not anew for a batch, a preview or a validation."""
+    """As on a GPU: without a break; the trial's serves training, previews and validation too."""
     looking_on = ("training.preview_every_images=48", "training.validate_every_images=48")
     words = ("train", *TINY, "training.images=144", "training.compile=true", *looking_on)
     done = zygote().run(*words, root=tmp_path, before=WHOLE, check=0)
@@ -167,7 +169,7 @@ def test_a_compiled_network_that_disagrees_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool | str
 ) -> None:
     other = Trial(difference=0.2, seconds=1.0, plain_seconds=2.0, precision=torch.float32)
-    monkeypatch.setattr(launch, "trial", lambda *given: other)
+    monkeypatch.setattr(launch, "trial", lambda *given, **how: other)
     config = compose([f"training.compile={str(wanted).lower()}", "threads=1"])
     images = prepare(config.data, tmp_path)
     if wanted is True:
@@ -176,6 +178,43 @@ def test_a_compiled_network_that_disagrees_is_not_used(
     else:
         settled = launch.settled(config, images, Devices(torch.device("cpu")))
         assert settled.training.compile is False
+
+
+def test_a_trial_that_does_not_fit_is_made_with_fewer_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def short_of_memory(network: object, inputs: list[torch.Tensor], *more: object, **how: object):  # type: ignore[no-untyped-def]
+        tried.append(len(inputs[0]))
+        if tried[-1] > least:
+            raise torch.OutOfMemoryError
+        return Trial(0.0, 1.0, 2.0, torch.float32)
+
+    monkeypatch.setattr(launch, "trial", short_of_memory)
+    config = compose(["training.compile=true", "threads=1", "training.batch_size=32"])
+    images, here = prepare(config.data, tmp_path), Devices(torch.device("cpu"))
+    least = 8
+    assert launch.settled(config, images, here).training.compile is True
+    assert tried == [32, 16, 8]
+    least = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        launch.settled(config, images, here)
+
+
+@pytest.mark.parametrize("wanted", [True, "auto"])
+def test_a_schedule_that_learns_is_not_compiled_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool | str
+) -> None:
+    monkeypatch.setattr(launch, "trial", lambda *given, **how: pytest.fail("it was tried"))
+    words = [f"training.compile={str(wanted).lower()}", "schedule=learned", "weighting=vlb"]
+    config = compose([*words, "threads=1", "training.precision=fp32"])
+    images, elsewhere = prepare(config.data, tmp_path), Devices(torch.device("meta"))
+    if wanted is True:
+        with pytest.raises(ConfigError, match="two backward passes"):
+            launch.settled(config, images, elsewhere)
+    else:
+        assert launch.settled(config, images, elsewhere).training.compile is False
 
 
 @pytest.fixture

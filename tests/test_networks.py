@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rediffuse.errors import ConfigError
+from rediffuse.networks import fused
 from rediffuse.networks.attention import Attention, attend
-from rediffuse.networks.blocks import ResidualBlock
+from rediffuse.networks.blocks import ResidualBlock, repeated
 from rediffuse.networks.embeddings import sinusoidal
 from rediffuse.networks.norms import batch, group, instance, layer
 from rediffuse.networks.unet import UNet
@@ -390,6 +391,36 @@ def test_attention_by_its_formula_is_the_fused_kernel(tokens: int, dtype: torch.
     q, k, v = torch.randn(3, 2, 2, tokens, 8, generator=torch.Generator().manual_seed(4)).to(dtype)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     torch.testing.assert_close(attend(q, k, v).double(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_the_group_norm_that_a_gpus_compiler_is_given_is_torchs(mean: float) -> None:
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(5))
+    x, weight, bias = 2 * random(4, 24, 6, 6) + mean, random(24), random(24)
+    given = [value.requires_grad_() for value in (x, weight, bias, random(4, 24), random(4, 24))]
+    exact = [value.detach().double().requires_grad_() for value in given]
+    scale, shift = (value[:, :, None, None] for value in exact[3:])
+    wanted = F.group_norm(exact[0], 6, *exact[1:3], 1e-6) * scale + shift
+    y, g = fused.formula(*given, 6, 1e-6), random(4, 24, 6, 6)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.backward(g)
+    wanted.backward(g.double())
+    for mine, theirs in [
+        (y, wanted),
+        *((a.grad, b.grad) for a, b in zip(given, exact, strict=True)),
+    ]:
+        # float32 knows a mean of 50 deviations to 50 x 6e-8 of one
+        assert (mine - theirs).norm() < (3e-6 if mean else 3e-7) * theirs.norm()
+
+
+def test_pixels_that_a_gpus_compiler_repeats_are_interpolates() -> None:
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    twice, wanted = repeated(x), F.interpolate(x, scale_factor=2, mode="nearest")
+    assert torch.equal(twice, wanted)
+    assert twice.is_contiguous(memory_format=torch.channels_last)
+    g = torch.randn_like(wanted)
+    (mine,), (theirs,) = (torch.autograd.grad(y, x, g) for y in (twice, wanted))
+    torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

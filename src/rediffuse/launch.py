@@ -25,7 +25,7 @@ from rediffuse.data.batches import Batch, Batches, fixed
 from rediffuse.errors import ConfigError, RunError, TrainingError
 from rediffuse.images import Images, of_run, prepare
 from rediffuse.legality import check
-from rediffuse.randomness import RNG_SCHEME, Stream, torch_seeded
+from rediffuse.randomness import RNG_SCHEME, Stream, normal, torch_seeded
 from rediffuse.runs import Run
 from rediffuse.session import (
     Look,
@@ -42,7 +42,7 @@ from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import in_one_line, redacted
 from rediffuse.training import checkpoint, hooks, memory
 from rediffuse.training.average import Average
-from rediffuse.training.compiling import compile_network, trial
+from rediffuse.training.compiling import compile_network, compile_noise, trial
 from rediffuse.training.devices import (
     PRECISIONS,
     Devices,
@@ -249,17 +249,29 @@ def _compile_settled(
     if not wanted:
         return config
     parts = config.training.accumulation * devices.ranks
-    count = min(_TRIED_IMAGES, config.training.batch_size // parts)
+    whole = count = config.training.batch_size // parts
     if devices.device.type == "cpu":  # where large images take seconds each
-        count = max(1, min(count, _TRIED_PIXELS // config.data.image_size**2))
-    network, inputs = _example(config, images, devices, count, trusted)
+        count = max(1, min(count, _TRIED_IMAGES, _TRIED_PIXELS // config.data.image_size**2))
+    elif isinstance(build.schedule(config, trusted), nn.Module):
+        if wanted is True:
+            raise ConfigError(f"training.compile: {_LEARNED}; set training.compile=false")
+        return _with_training(config, compile=False)
     found, failed = None, None
     if devices.is_main:
         tell("compiling the network to try it, which may take a minute", sys.stderr)
-    try:
-        found = trial(network, inputs, PRECISIONS[config.training.precision])
-    except TrainingError as refused:
-        failed = refused
+    while found is None and failed is None:
+        network, inputs = _example(config, images, devices, count, trusted)
+        precision, replayed = PRECISIONS[config.training.precision], _replayed(config)
+        try:
+            found = trial(network, inputs, precision, replayed=replayed)
+        except TrainingError as refused:
+            failed = refused
+        except torch.OutOfMemoryError:  # of the plain network, which needs more
+            if count == 1:
+                raise
+            count //= 2
+    if devices.device.type != "cpu" and count != whole:
+        torch.compiler.reset()  # what serves batches of two sizes is slower for each
     votes = [[found is not None, bool(found and found.agrees), bool(found and found.pays)]]
     works, agrees, pays = devices.gather(torch.tensor(votes, dtype=torch.int64)).amin(0).tolist()
     if not works:
@@ -287,6 +299,12 @@ def _compile_settled(
 
 
 _TRIED_IMAGES, _TRIED_PIXELS = 128, 100_000
+_LEARNED = "a schedule that learns takes two backward passes, and a compiled network only one"
+
+
+def _replayed(config: Config) -> bool:
+    """Whether a step's gradients are done with before the next forward pass."""
+    return config.training.accumulation == 1
 
 
 def _with_training(config: Config, **update: Any) -> Config:
@@ -319,7 +337,7 @@ def fresh(
         times = build.bind("times", config.times, "times", trusted)
     network = network.to(devices.device)
     if training.compile:
-        compile_network(network, devices.device)
+        compile_network(network, devices.device, replayed=_replayed(config))
     parts = {"schedule": denoiser.schedule, "weighting": weighting, "times": times}
     learned = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
     optimizer = build.bind("optimizer", config.optimizer, "optimizer", trusted)
@@ -349,6 +367,7 @@ def fresh(
         input_perturbation=training.input_perturbation,
         time_strata=training.time_strata,
         precision=PRECISIONS[training.precision],
+        normal=compile_noise(devices.device) if training.compile else normal,
     )
     return state, recipe
 

@@ -8,12 +8,14 @@ digit of log, sin and cos.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from rediffuse.tensors import sent
 
 RNG_SCHEME = 1
 """Raised if any number below ever changes; recorded in every run."""
@@ -85,6 +87,10 @@ def uniform(seed: int, stream: Stream, index: Tensor, count: int, draw: int = 0)
     return (high >> 6).double() * 2**-26 + (low >> 5).double() * 2**-53
 
 
+Normal = Callable[[int, Stream, Tensor, tuple[int, ...], int], Tensor]
+"""What `normal` is."""
+
+
 def normal(
     seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...], draw: int = 0
 ) -> Tensor:
@@ -146,7 +152,7 @@ class ImageNoise:
         self._draws = 0
 
     def __call__(self, like: Tensor) -> Tensor:
-        images = self._images.to(like.device)
+        images = sent(self._images, like.device)
         drawn = normal(self._seed, self._stream, images, tuple(like.shape[1:]), self._draws)
         self._draws += 1
         return drawn.to(like.dtype)

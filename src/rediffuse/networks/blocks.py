@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ class ResidualBlock(nn.Module):
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = nn.Linear(embedding_channels, (1 + scale_shift) * out_channels)
         self.norm_2 = norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -93,17 +94,40 @@ class Downsample(nn.Module):
         return halved
 
 
+class Repeat(nn.Module):
+    """Double height and width by repeating pixels."""
+
+    def forward(
+        self, x: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel 2*height 2*width"]:
+        if x.device.type == "cpu" or not torch.compiler.is_compiling():
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return repeated(x)
+
+
+def repeated(
+    x: Float[Tensor, "batch channel height width"],
+) -> Float[Tensor, "batch channel 2*height 2*width"]:
+    """Every pixel four times, for a compiler on a GPU.
+
+    It would make the gradient of interpolate out of atomic additions, in no certain order.
+    """
+    twice = repeat(x, "b c h w -> b (h i) (w j) c", i=2, j=2)
+    return rearrange(twice, "b h w c -> b c h w")
+
+
 class Upsample(nn.Module):
     """Double height and width by repeating pixels, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.repeat = Repeat()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(
         self, x: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel 2*height 2*width"]:
-        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        doubled: Tensor = self.conv(self.repeat(x))
         return doubled
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
 from rediffuse.networks.attention import Attention
-from rediffuse.networks.blocks import Downsample, ResidualBlock, Stage, Upsample, zero
+from rediffuse.networks.blocks import Downsample, Repeat, ResidualBlock, Stage, Upsample, zero
 from rediffuse.networks.embeddings import Embedding
 from rediffuse.networks.norms import Norm, group
 
@@ -97,7 +97,7 @@ class UNet(nn.Module):
                 self.up.append(last := stage(width + widths.pop(), after, size))
                 width = after
             if size != sizes[0]:
-                last.append(resized(width, Upsample, nn.Upsample(scale_factor=2)))
+                last.append(resized(width, Upsample, Repeat()))
         self.norm_out = norm(width)
         self.conv_out = zero(nn.Conv2d(width, out_channels, 3, padding=1))
 

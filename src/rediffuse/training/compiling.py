@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rediffuse.errors import TrainingError
 from rediffuse.networks.fused import try_loops
 from rediffuse.networks.norms import fuse
+from rediffuse.randomness import Normal, normal
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far outputs and gradients of the compiled network may lie from the plain one's (Trial)."""
@@ -18,11 +19,13 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROUNDS, _LONG_ENOUGH_S = 3, 5.0
 
 
-def compile_network(network: nn.Module, device: torch.device) -> None:
+def compile_network(network: nn.Module, device: torch.device, *, replayed: bool = False) -> None:
     """Let torch's compiler fuse what it can, in place, and lay the network out channels-last.
 
     On a CPU these are the group norms (`networks.fused`): convolutions are a library's there, and
-    compiling all the rest took minutes and gained nothing. Elsewhere it is the whole network.
+    compiling all the rest took minutes and gained nothing. Elsewhere it is the whole network. Its
+    kernels are `replayed` together as CUDA graphs where that is asked for; gradients then lie in
+    the graph's memory, which the next forward pass overwrites.
 
     Raises:
         TrainingError: if there is no compiler that works.
@@ -34,7 +37,16 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
             raise _no_compiler(failed) from failed
     fuse(network)
     if device.type != "cpu":
-        network.compile()
+        network.compile(mode="reduce-overhead" if replayed else "default")
+
+
+def compile_noise(device: torch.device) -> Normal:
+    """`randomness.normal` in one kernel on a GPU, where it is 300 small ones; else as it is.
+
+    Words stay as they are, the normal numbers may differ in their last digit.
+    """
+    compiled: Normal = torch.compile(normal) if device.type == "cuda" else normal
+    return compiled
 
 
 def _no_compiler(failed: RuntimeError) -> TrainingError:
@@ -73,11 +85,14 @@ def trial(
     network: nn.Module,
     inputs: Sequence[Tensor | None],
     precision: torch.dtype = torch.float32,
+    *,
+    replayed: bool = False,
 ) -> Trial:
     """Compile a copy of a network and compare it with another copy; the network is not touched.
 
     Weights that begin as 0, which would hide what lies before them, are small numbers in the
-    copies. `inputs` are the network's own: images, labels and perhaps classes.
+    copies. `inputs` are the network's own: images, labels and perhaps classes. What is compiled for
+    them serves every network of the same build, as long as its batches have the same shapes.
 
     Raises:
         TrainingError: if there is no compiler that works.
@@ -88,7 +103,7 @@ def trial(
             ramp = torch.arange(weight.numel(), device=weight.device) * 0.7 + number
             weight.copy_(0.05 * ramp.cos().view_as(weight))
     compiled = copy.deepcopy(plain)
-    compile_network(compiled, next(network.parameters()).device)
+    compile_network(compiled, next(network.parameters()).device, replayed=replayed)
     expected = _answer(plain, inputs, precision)
     try:
         answer = _answer(compiled, inputs, precision)

@@ -12,7 +12,7 @@ from rediffuse.denoiser import Denoiser
 from rediffuse.losses import Noised, Objective
 from rediffuse.pairings import Pairing, independent
 from rediffuse.process import diffuse
-from rediffuse.randomness import Stream, normal, torch_seeded, uniform
+from rediffuse.randomness import Normal, Stream, normal, torch_seeded, uniform
 from rediffuse.tensors import expand, sent
 from rediffuse.times import LossAware, Times
 from rediffuse.training.devices import Devices
@@ -42,6 +42,7 @@ class Recipe:
     input_perturbation: float = 0.0
     time_strata: int = 1
     precision: torch.dtype = torch.float32
+    normal: Normal = normal
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision that the network computes in; weights, norms and loss stay in float32."""
@@ -140,7 +141,7 @@ def _noised(recipe: Recipe, batch: Batch, t: Tensor) -> Noised:
     x_0, on_device = batch.x_0, sent(batch.index, batch.x_0.device)
 
     def drawn(stream: Stream, draw: int, shape: tuple[int, ...]) -> Tensor:
-        return normal(recipe.seed, stream, on_device, shape, draw)
+        return recipe.normal(recipe.seed, stream, on_device, shape, draw)
 
     shape = tuple(x_0.shape[1:])
     eps = recipe.pairing(x_0, lambda k: drawn(Stream.NOISE, k, shape))
