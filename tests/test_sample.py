@@ -9,7 +9,7 @@ import torch
 from cli import TINY, rediffuse, run_id
 from PIL import Image
 
-from rediffuse import gallery, runs
+from rediffuse import drawing, gallery, runs
 from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
 from rediffuse.errors import CheckpointError, ConfigError, DataError, RunError
 from rediffuse.gallery import Options, image_numbers, wanted
@@ -90,6 +90,21 @@ def test_as_many_images_go_together_as_half_of_the_memory_holds(
     assert batch_that_fits(model, how, job) == size
     sizes = [len(numbers) for numbers, _ in draw(model, how, job)] if size > 1 else [1]
     assert sizes[0] == size
+
+
+@pytest.mark.parametrize(("whole", "sizes"), [(False, {16, 8}), (True, {16})])
+def test_a_network_that_is_compiled_whole_meets_batches_of_one_size(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, whole: bool, sizes: set[int]
+) -> None:
+    model = load(trained[1], root=trained[0], device="cpu")
+    monkeypatch.setattr(drawing, "_whole", lambda model: whole)
+    met = set()
+    model.denoiser.network.register_forward_pre_hook(lambda module, given: met.add(len(given[0])))
+    job = Job(tuple(range(20)), classes_for(range(20), model.class_names), batch_size=16)
+    how = wanted(model.config.sampling, Options(steps=2, guidance="1"))
+    drawn = [(len(numbers), len(pixels)) for numbers, pixels in draw(model, how, job)]
+    assert drawn == [(16, 16), (4, 4)]
+    assert met == sizes
 
 
 def test_another_seed_another_class_and_other_weights_give_other_images(

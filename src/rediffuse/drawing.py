@@ -5,6 +5,7 @@ Image j depends on (seed, j) alone: on no neighbour, and on no other job.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -119,7 +120,7 @@ def draw(
         job = replace(job, batch_size=batch_that_fits(model, how, job))
     finished = 0
     for batch in _batches(job):
-        for k, state in enumerate(states(model, how, padded(batch)), 1):
+        for k, state in enumerate(states(model, how, padded(batch, _together(model, job))), 1):
             x = state
             done(finished + len(batch.images) * min(k, how.steps) // how.steps)
         done(finished := finished + len(batch.images))
@@ -169,10 +170,21 @@ def batch_that_fits(model: Model, how: Sampling, job: Job) -> int:
     memory.give_back()
     before = memory.resident(device)
     memory.forget_peak(device)
-    next(states(model, how, tried))
+    with _plain(model):
+        next(states(model, how, tried))
     taken = max(1, memory.peak(device) - before)
     fitting = max(1, memory.free_bytes(device) // 2 * few // taken)
     return min(most, 2 ** (fitting.bit_length() - 1))
+
+
+def _plain(model: Model) -> AbstractContextManager[object]:
+    """Do not compile meanwhile, or it would be for two sizes."""
+    return torch.compiler.set_stance("force_eager") if _whole(model) else nullcontext()
+
+
+def _whole(model: Model) -> bool:
+    """Whether the network is compiled as a whole, anew for every other size of its batches."""
+    return model.compiled and model.device.type != "cpu"
 
 
 def as_walked(how: Sampling, job: Job) -> Sampling:
@@ -345,6 +357,12 @@ def _remembering(denoiser: Callable[..., Prediction]) -> Callable[..., Predictio
     return denoise
 
 
+def _together(model: Model, job: Job) -> int:
+    """What the number of images in a batch must be a multiple of."""
+    size = job.batch_size or 0
+    return size if _whole(model) and len(job.images) > size else 8
+
+
 def _batches(job: Job) -> Iterator[Job]:
     assert job.batch_size
     for start in range(0, len(job.images), job.batch_size):
@@ -354,7 +372,7 @@ def _batches(job: Job) -> Iterator[Job]:
 
 
 def padded(job: Job, to: int = 8) -> Job:
-    """Repeat the last image until the batch is a multiple of 8.
+    """Repeat the last image until the batch is a multiple of 8, or of another number.
 
     Kernels add up in another order for other batch sizes; for multiples of 8 a CPU's agree to the
     last bit, so an image does not depend on its neighbours. They are also several times faster than

@@ -315,7 +315,7 @@ def samples(model: Model, how: Sampling, job: Job) -> dict[str, Any]:
         "classes": classes,
         "weaker": job.weaker.origin if job.weaker else None,
         "precision": str(model.precision).removeprefix("torch."),
-        "compiled": bool(config.training.compile),
+        "compiled": model.compiled,
         "determinism": config.determinism,
         "device": model.device.type,
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,

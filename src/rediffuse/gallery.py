@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rediffuse.config.compose import part_from_file, typed_values
 from rediffuse.config.schema import Data, Part, Sampling
+from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import SUFFIXES, read, to_square
 from rediffuse.data.pixels import to_model, to_uint8
 from rediffuse.drawing import (
@@ -70,6 +72,7 @@ class Options:
     batch_size: int | None = None
     output_dir: Path | None = None
     film: bool = False
+    compile: bool = False
     device: str = "auto"
     trust: tuple[str, ...] = ()
 
@@ -98,14 +101,19 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     if devices.is_main:
         _open_folder(folder, facts)
     devices.agree("open")
-    drawn = []
+    drawn: list[Pixels] = []
     mine = share(job, devices.rank, devices.ranks)
-    with Progress(len(mine.images)) as bar:
-        for numbers, pixels in draw(model, how, mine, bar.move):
-            for j, image in zip(numbers, pixels, strict=True):
-                told = of_image(shared, j, each[j])
-                save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png", told)
-            drawn.append(pixels)
+
+    def write(batch: tuple[tuple[int, ...], Pixels]) -> Pixels:
+        numbers, pixels = batch
+        for j, image in zip(numbers, pixels, strict=True):
+            told = of_image(shared, j, each[j])
+            save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png", told)
+        return pixels
+
+    # One batch is written while the next one is drawn.
+    with Progress(len(mine.images)) as bar, ThreadPoolExecutor(1, "writing") as pool:
+        drawn += ahead(pool, write, draw(model, how, mine, bar.move), 1)
     pixels = np.concatenate([some for theirs in devices.everyones(drawn) for some in theirs])
     if not devices.is_main:
         return 0
@@ -143,6 +151,7 @@ def opened(run: Run, options: Options) -> Model:
         weights=options.weights,
         which=options.checkpoint,
         device=options.device,
+        compiled=options.compile,
         trusted=options.trust,
     )
 
@@ -171,6 +180,7 @@ def common(model: Model, how: Sampling, job: Job, options: Options) -> dict[str,
         "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
         "edit": _edit(options),
         "device": str(model.device),
+        "compiled": model.compiled,
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
 
@@ -369,6 +379,7 @@ def _weaker(model: Model, options: Options) -> Model:
         which=which,
         weights=options.weights,
         device=options.device,
+        compiled=options.compile,
         trusted=options.trust,
     )
     mine, theirs = (_must_agree(m) for m in (model, weaker))

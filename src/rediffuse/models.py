@@ -14,6 +14,7 @@ from rediffuse.config.compose import checked, read_yaml
 from rediffuse.config.schema import Config
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
+from rediffuse.networks.replay import Replay
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
@@ -40,6 +41,7 @@ class Model:
     trusted: tuple[str, ...] | None = None
     origin: dict[str, str] | None = None  # of a run: its id, checkpoint and weights, and a digest
     images_seen: int | None = None  # by those weights
+    compiled: bool = False
 
     @property
     def null_class(self) -> int | None:
@@ -55,12 +57,14 @@ def load(
     weights: str = "average",
     which: str = "latest",
     device: str = "auto",
+    compiled: bool = False,
     trusted: Sequence[str] = (),
 ) -> Model:
     """Build a run's model from its own configuration; `word` is an id, its beginning or a path.
 
     `weights` are the `average` or the `raw` ones, of the `latest` or `best` checkpoint or that of a
-    step's number. `trusted` are packages of the user's own that the run names.
+    step's number. With `compiled`, and on a CPU if the run was, the network is compiled. `trusted`
+    are packages of the user's own that the run names.
 
     Raises:
         RediffuseError: if there is no such run or checkpoint, or it does not verify.
@@ -72,7 +76,8 @@ def load(
     keep_freed_memory()
     chosen_device = choose(device).device
     threads = config.threads if chosen_device.type == "cpu" else None
-    compiled = bool(config.training.compile)
+    if chosen_device.type == "cpu":  # as the previews were drawn
+        compiled = compiled or bool(config.training.compile)
     set_determinism(config.determinism, chosen_device, threads, compiled=compiled)
     names = _class_names(run)
     chosen = _checkpoint(run, which, config.training.best_metric)
@@ -81,11 +86,14 @@ def load(
     weights = weights if config.average.half_life_images else "raw"
     checkpoint.load_weights(network, chosen, weights)
     network = network.to(chosen_device).eval()
-    if compiled and chosen_device.type == "cpu":  # as the previews were drawn
+    if compiled:
         try:
             compile_network(network, chosen_device)
         except TrainingError as failed:
             tell(f"{failed}; sampling without, which may change last digits", sys.stderr)
+            compiled = False
+    if chosen_device.type == "cuda":
+        network = Replay(network)
     denoiser = build.denoiser(config, network, trusted)
     if isinstance(denoiser.schedule, nn.Module):
         checkpoint.load_schedule(denoiser.schedule, chosen)
@@ -96,7 +104,8 @@ def load(
         "digest": checkpoint.digest_of_weights(chosen, weights)[:16],
     }
     precision, seen = _precision(config, chosen_device), checkpoint.facts(chosen)["images_seen"]
-    return Model(config, denoiser, names, chosen_device, precision, tuple(trusted), origin, seen)
+    whose = (tuple(trusted), origin, seen, compiled)
+    return Model(config, denoiser, names, chosen_device, precision, *whose)
 
 
 _WEIGHTS = ("average", "raw")

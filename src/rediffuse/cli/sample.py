@@ -91,6 +91,7 @@ from rediffuse.cli import complete, options
     help="Else in the run's samples/.",
 )
 @click.option("--film", is_flag=True, help="Also write the way from noise to image as a GIF.")
+@options.compiles
 @click.option("--device", default="auto", show_default=True)
 @options.root
 @options.trust
