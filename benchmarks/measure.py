@@ -6,7 +6,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,12 +44,11 @@ class Way:
 
     make: Callable[..., Work]
     given: tuple[Any, ...]
-    compiled: bool | None = None
+    named: Mapping[str, Any] = field(default_factory=dict)
 
     def made(self) -> Work:
         """The work, ready to be done."""
-        named = {} if self.compiled is None else {"compiled": self.compiled}
-        return self.make(*self.given, **named)
+        return self.make(*self.given, **self.named)
 
 
 def alternate(
@@ -57,8 +57,9 @@ def alternate(
     """Do every way's work in turn, `rounds` times after `warm_up` untimed ones, timing each.
 
     Each way lives in a process of its own, where nothing of the others, such as the state of the
-    allocator, is in its way; only one of them works at a time. Returned are the times, and why the
-    others could not be made.
+    allocator, is in its way; only one of them works at a time, once all are made. A GPU does
+    several pieces of work before it is waited for, as training does: the next one is told
+    meanwhile. Returned are the times of one piece, and why the others could not be made.
     """
     context = multiprocessing.get_context("spawn")
     lines, failed = {}, {}
@@ -66,10 +67,12 @@ def alternate(
         line, theirs = context.Pipe()
         given = (theirs, way, str(device), torch.get_num_threads())
         context.Process(target=_serve, args=given, daemon=True).start()
-        if why := line.recv():
+        lines[name] = line
+        if device.type == "cpu" and (why := line.recv()):  # where making takes the machine's time
             failed[name] = why
-        else:
-            lines[name] = line
+    if device.type != "cpu":
+        failed = {name: why for name, line in lines.items() if (why := line.recv())}
+    lines = {name: line for name, line in lines.items() if name not in failed}
     seconds: dict[str, list[float]] = {name: [] for name in lines}
     for turn in range(-warm_up, rounds):
         for name, line in lines.items():
@@ -85,18 +88,40 @@ def alternate(
 def _serve(line: Connection, way: Way, device: str, threads: int) -> None:
     warnings.filterwarnings("ignore")  # the peers'
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # for peers, too, who do not ask for it
     try:
         work = way.made()
-        work()
+        chooses, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        _patiently(work)
     except (ImportError, RuntimeError) as failed:
         line.send(str(failed).splitlines()[0][:120] or type(failed).__name__)
         return
+    torch.backends.cudnn.benchmark = chooses  # from now on, when nobody else is in the way
+    pieces = 1 if device == "cpu" else PIECES
+    finish(torch.device(device))
     line.send(None)
     while line.recv():
         start = time.perf_counter()
-        work()
+        for _ in range(pieces):
+            work()
         finish(torch.device(device))
-        line.send(time.perf_counter() - start)
+        line.send((time.perf_counter() - start) / pieces)
+        if device != "cpu":
+            torch.cuda.empty_cache()  # which the others may need
+
+
+PIECES = 20
+"""Of work that a GPU is told in a row."""
+
+
+def _patiently(work: Work) -> None:
+    """Do it once; while the others are made too, a GPU's memory may be short for a time."""
+    for _ in range(60):
+        with suppress(torch.OutOfMemoryError):
+            return work()
+        torch.cuda.empty_cache()
+        time.sleep(2)
+    return work()
 
 
 def finish(device: torch.device) -> None:

@@ -11,12 +11,14 @@ from benchmarks.sizes import Size
 from rediffuse.data.batches import Batch, Batches
 from rediffuse.denoiser import Denoiser
 from rediffuse.losses import simple
+from rediffuse.networks.replay import Replay
+from rediffuse.randomness import normal
 from rediffuse.schedules.cosine import cosine
 from rediffuse.targets import eps
 from rediffuse.times import uniform
 from rediffuse.training.average import Average
-from rediffuse.training.compiling import compile_network
-from rediffuse.training.devices import PRECISIONS, Devices, keep_freed_memory
+from rediffuse.training.compiling import compile_network, compile_noise
+from rediffuse.training.devices import PRECISIONS, Devices, keep_freed_memory, set_determinism
 from rediffuse.training.optimizers import adamw, parameter_groups
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe, train_step
@@ -30,10 +32,16 @@ def pixels(size: Size, images: int = 2048) -> np.ndarray:
 
 
 def training(
-    size: Size, precision: str, device: torch.device, *, compiled: bool = False
+    size: Size,
+    precision: str,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    exact: bool | None = None,
 ) -> tuple[TrainState, Recipe, Iterator[list[Batch]]]:
     """What `rediffuse train` would train with for this size: state, recipe, and the steps."""
-    network = _network(size, device, compiled)
+    _set_up(device, compiled, exact)
+    network = _network(size, device, compiled, trains=True)
     state = TrainState(
         network, adamw(parameter_groups(network), 1e-4), Average(network, half_life_images=50_000)
     )
@@ -47,6 +55,7 @@ def training(
         learning_rate=lambda images: 1e-4,
         devices=Devices(device),
         precision=PRECISIONS[precision],
+        normal=compile_noise(device) if compiled else normal,
     )
     steps = Batches(
         images=pixels(size),
@@ -59,10 +68,16 @@ def training(
     return state, recipe, steps
 
 
-def train(size: Size, precision: str, device: torch.device, *, compiled: bool = False) -> Work:
+def train(
+    size: Size,
+    precision: str,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    exact: bool | None = None,
+) -> Work:
     """One step after another: data, noise, loss, gradients, clipping, AdamW and average."""
-    keep_freed_memory()
-    state, recipe, steps = training(size, precision, device, compiled=compiled)
+    state, recipe, steps = training(size, precision, device, compiled=compiled, exact=exact)
 
     def step() -> None:
         train_step(recipe, state, next(steps))
@@ -70,10 +85,19 @@ def train(size: Size, precision: str, device: torch.device, *, compiled: bool = 
     return step
 
 
-def evaluate(size: Size, precision: str, device: torch.device, *, compiled: bool = False) -> Work:
+def evaluate(
+    size: Size,
+    precision: str,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    exact: bool | None = None,
+) -> Work:
     """One denoising evaluation of a batch, as a solver asks for it."""
-    keep_freed_memory()
+    _set_up(device, compiled, exact)
     network = _network(size, device, compiled).eval()
+    if device.type == "cuda":
+        network = Replay(network)
     denoiser, dtype = Denoiser(network, cosine(), eps), PRECISIONS[precision]
     shape = size.batch_size, size.channels, size.image_size, size.image_size
     x = torch.randn(shape, device=device)
@@ -87,8 +111,17 @@ def evaluate(size: Size, precision: str, device: torch.device, *, compiled: bool
     return once
 
 
-def _network(size: Size, device: torch.device, compiled: bool) -> nn.Module:
+def _set_up(device: torch.device, compiled: bool, exact: bool | None) -> None:
+    """As `rediffuse train` does; None is `determinism=auto`."""
+    keep_freed_memory()
+    mode = {None: "auto", True: "exact", False: "fast"}[exact]
+    set_determinism(mode, device, None, compiled=compiled)
+
+
+def _network(
+    size: Size, device: torch.device, compiled: bool, *, trains: bool = False
+) -> nn.Module:
     network = size.ours().to(device)
     if compiled:
-        compile_network(network, device)
+        compile_network(network, device, replayed=trains)
     return network
