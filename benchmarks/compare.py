@@ -32,7 +32,10 @@ def main() -> None:
     device = torch.device(asked.device)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    told: dict[str, Any] = {"facts": facts(device), "command": " ".join(sys.argv[1:]), "rows": []}
+    command = " ".join(sys.argv[1:])
+    if asked.out:  # where it lies is nobody's concern
+        command = command.replace(str(asked.out), "FILE")
+    told: dict[str, Any] = {"facts": facts(device), "command": command, "rows": []}
     for precision in asked.precision:
         peak = peaks(device, PRECISIONS[precision])
         told.setdefault("peaks", {})[precision] = peak

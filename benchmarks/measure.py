@@ -88,15 +88,13 @@ def alternate(
 def _serve(line: Connection, way: Way, device: str, threads: int) -> None:
     warnings.filterwarnings("ignore")  # the peers'
     torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True  # for peers, too, who do not ask for it
     try:
         work = way.made()
-        chooses, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        torch.backends.cudnn.benchmark = False  # its search would meet the others' work
         _patiently(work)
     except (ImportError, RuntimeError) as failed:
         line.send(str(failed).splitlines()[0][:120] or type(failed).__name__)
         return
-    torch.backends.cudnn.benchmark = chooses  # from now on, when nobody else is in the way
     pieces = 1 if device == "cpu" else PIECES
     finish(torch.device(device))
     line.send(None)

@@ -157,7 +157,10 @@ atexit.register(lambda: print("graphs", counters["stats"]["unique_graphs"]))
 
 
 def test_a_network_that_is_compiled_whole_is_compiled_once(tmp_path: Path) -> None:
-    """As on a GPU: without a break; the trial's serves training, previews and validation too."""
+    """As on a GPU: without a break; the trial's serves training, and nobody else calls for more.
+
+    Previews and validation ask the average, which is not compiled.
+    """
     looking_on = ("training.preview_every_images=48", "training.validate_every_images=48")
     words = ("train", *TINY, "training.images=144", "training.compile=true", *looking_on)
     done = zygote().run(*words, root=tmp_path, before=WHOLE, check=0)

@@ -14,7 +14,7 @@ import torch
 from cli import TINY
 from PIL import Image
 
-from rediffuse import drift, gallery, launch, overview, references, runs
+from rediffuse import drawing, drift, gallery, launch, overview, references, runs
 from rediffuse import evaluate as door
 from rediffuse.config.compose import compose
 from rediffuse.drawing import Job, share
@@ -183,6 +183,15 @@ def test_evaluations_count_what_the_network_was_asked(trained: tuple[Path, str])
         cost = evaluated(trained, solver=solver, steps=3, guidance=guidance).cost
         assert cost
         assert cost.evaluations == asked
+
+
+def test_evaluations_are_those_of_batches_that_were_filled_up(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "_whole", lambda model: True)  # as if compiled on a GPU
+    cost = evaluated(trained, solver="ddim", steps=3, batch_size=32, guidance="1", seed=7).cost
+    assert cost
+    assert cost.evaluations == 3
 
 
 def test_a_weaker_guide_is_counted_too(trained: tuple[Path, str]) -> None:

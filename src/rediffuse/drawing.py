@@ -5,7 +5,7 @@ Image j depends on (seed, j) alone: on no neighbour, and on no other job.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from rediffuse.errors import ConfigError
 from rediffuse.guidance import apart, sides
 from rediffuse.inversion import inverted
 from rediffuse.models import Model
+from rediffuse.networks.replay import Replay
 from rediffuse.pictures import Pixels
 from rediffuse.process import Prediction, Schedule
 from rediffuse.randomness import ImageNoise
@@ -120,7 +121,7 @@ def draw(
         job = replace(job, batch_size=batch_that_fits(model, how, job))
     finished = 0
     for batch in _batches(job):
-        for k, state in enumerate(states(model, how, padded(batch, _together(model, job))), 1):
+        for k, state in enumerate(states(model, how, padded(batch, multiple(model, job))), 1):
             x = state
             done(finished + len(batch.images) * min(k, how.steps) // how.steps)
         done(finished := finished + len(batch.images))
@@ -170,16 +171,30 @@ def batch_that_fits(model: Model, how: Sampling, job: Job) -> int:
     memory.give_back()
     before = memory.resident(device)
     memory.forget_peak(device)
-    with _plain(model):
-        next(states(model, how, tried))
+    with uncompiled(model) as bare:
+        if job.weaker:
+            with uncompiled(job.weaker) as weaker:
+                tried = replace(tried, weaker=weaker)
+        next(states(bare, how, tried))
     taken = max(1, memory.peak(device) - before)
     fitting = max(1, memory.free_bytes(device) // 2 * few // taken)
     return min(most, 2 ** (fitting.bit_length() - 1))
 
 
-def _plain(model: Model) -> AbstractContextManager[object]:
-    """Do not compile meanwhile, or it would be for two sizes."""
-    return torch.compiler.set_stance("force_eager") if _whole(model) else nullcontext()
+@contextmanager
+def uncompiled(model: Model) -> Iterator[Model]:
+    """The same model with its bare network, and no compiling meanwhile, for a few images."""
+    network = model.denoiser.network
+    if isinstance(network, Replay):
+        model = replace(model, denoiser=replace(model.denoiser, network=network.network))
+    with torch.compiler.set_stance("force_eager") if _whole(model) else nullcontext():
+        yield model
+
+
+def multiple(model: Model, job: Job) -> int:
+    """What the number of images in a batch is filled up to a multiple of."""
+    assert job.batch_size
+    return job.batch_size if _whole(model) and len(job.images) > job.batch_size else 8
 
 
 def _whole(model: Model) -> bool:
@@ -355,12 +370,6 @@ def _remembering(denoiser: Callable[..., Prediction]) -> Callable[..., Predictio
         return predicted
 
     return denoise
-
-
-def _together(model: Model, job: Job) -> int:
-    """What the number of images in a batch must be a multiple of."""
-    size = job.batch_size or 0
-    return size if _whole(model) and len(job.images) > size else 8
 
 
 def _batches(job: Job) -> Iterator[Job]:

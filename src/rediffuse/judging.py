@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rediffuse.config.schema import Sampling
 from rediffuse.data.ahead import ahead
-from rediffuse.drawing import Job, batch_that_fits, classes_for, draw, share
+from rediffuse.drawing import Job, batch_that_fits, classes_for, draw, multiple, share
 from rediffuse.errors import ConfigError
 from rediffuse.evaluation.card import Card, Facts
 from rediffuse.evaluation.classifier import Labels, classification_accuracy_score, enough
@@ -123,13 +123,13 @@ def drawn(
     if job.weaker:
         weaker, other = _clocked(job.weaker)
         job, clocks = replace(job, weaker=weaker), [*clocks, other]
-    began, asked = time.perf_counter(), 0
+    began, asked, together = time.perf_counter(), 0, multiple(model, job)
     held: list[Pixels] = []
 
     def batches() -> Iterator[Pixels]:
         nonlocal asked
         for images, pixels in draw(timed, how, job, lambda count: done(count * here.ranks)):
-            asked += -(-len(images) // 8) * 8  # a batch is padded
+            asked += -(-len(images) // together) * together  # a batch is padded
             if keep_pixels:
                 held.append(pixels)
             yield pixels

@@ -270,8 +270,9 @@ def _compile_settled(
             if count == 1:
                 raise
             count //= 2
-    if devices.device.type != "cpu" and count != whole:
-        torch.compiler.reset()  # what serves batches of two sizes is slower for each
+            _forget_compiled(devices)
+    if count != whole:
+        _forget_compiled(devices)
     votes = [[found is not None, bool(found and found.agrees), bool(found and found.pays)]]
     works, agrees, pays = devices.gather(torch.tensor(votes, dtype=torch.int64)).amin(0).tolist()
     if not works:
@@ -289,6 +290,8 @@ def _compile_settled(
             "training.compile=false"
         )
     taken = wanted is True or bool(agrees and pays)
+    if not taken:
+        _forget_compiled(devices)
     if devices.is_main:  # not among the lines that begin with the run's id
         tell(
             f"compiled network: {found.seconds / found.plain_seconds:.2f} of the plain one's time, "
@@ -300,6 +303,12 @@ def _compile_settled(
 
 _TRIED_IMAGES, _TRIED_PIXELS = 128, 100_000
 _LEARNED = "a schedule that learns takes two backward passes, and a compiled network only one"
+
+
+def _forget_compiled(devices: Devices) -> None:
+    """Free a trial's memory; and what served batches of two sizes would be slower for each."""
+    if devices.device.type != "cpu":
+        torch.compiler.reset()
 
 
 def _replayed(config: Config) -> bool:

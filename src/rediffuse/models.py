@@ -18,7 +18,7 @@ from rediffuse.networks.replay import Replay
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint
-from rediffuse.training.compiling import compile_network
+from rediffuse.training.compiling import compile_network, try_compiler
 from rediffuse.training.devices import (
     PRECISIONS,
     bfloat16_pays,
@@ -88,6 +88,7 @@ def load(
     network = network.to(chosen_device).eval()
     if compiled:
         try:
+            try_compiler(chosen_device)
             compile_network(network, chosen_device)
         except TrainingError as failed:
             tell(f"{failed}; sampling without, which may change last digits", sys.stderr)
@@ -104,8 +105,17 @@ def load(
         "digest": checkpoint.digest_of_weights(chosen, weights)[:16],
     }
     precision, seen = _precision(config, chosen_device), checkpoint.facts(chosen)["images_seen"]
-    whose = (tuple(trusted), origin, seen, compiled)
-    return Model(config, denoiser, names, chosen_device, precision, *whose)
+    return Model(
+        config,
+        denoiser,
+        names,
+        chosen_device,
+        precision,
+        trusted=tuple(trusted),
+        origin=origin,
+        images_seen=seen,
+        compiled=compiled,
+    )
 
 
 _WEIGHTS = ("average", "raw")

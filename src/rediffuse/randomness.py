@@ -88,7 +88,6 @@ def uniform(seed: int, stream: Stream, index: Tensor, count: int, draw: int = 0)
 
 
 Normal = Callable[[int, Stream, Tensor, tuple[int, ...], int], Tensor]
-"""What `normal` is."""
 
 
 def normal(

@@ -174,7 +174,9 @@ class Session:
         """What samples come from, as it is now."""
         denoiser = replace(self.recipe.denoiser, network=state.sampler.eval())
         names, device = self.images.class_names, self.recipe.devices.device
-        return Model(self.config, denoiser, names, device, self.recipe.precision)
+        compiled = bool(self.config.training.compile) and not state.average  # else it is a copy
+        precision = self.recipe.precision
+        return Model(self.config, denoiser, names, device, precision, compiled=compiled)
 
     def end(self, state: TrainState, status: Status) -> None:
         """Settle the record of a run that went as far as it should."""

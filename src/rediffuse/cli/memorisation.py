@@ -38,6 +38,7 @@ from rediffuse.cli import complete, options
     help="Or best, or a number.",
 )
 @click.option("--batch-size", "--batch_size", type=click.IntRange(1), help="Else what fits.")
+@options.compiles
 @click.option("--device", default="auto", show_default=True)
 @options.json_output
 @options.root

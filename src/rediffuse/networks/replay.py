@@ -1,13 +1,14 @@
 """Drawing asks a network the same again and again: a GPU can be told once, as a CUDA graph."""
 
+import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 _AT_MOST = 4
-"""Shapes that are remembered; each keeps the memory of a forward pass."""
+"""Shapes that are remembered."""
 
 
 class _Captured(NamedTuple):
@@ -20,55 +21,76 @@ class Replay(nn.Module):
     """A network whose kernels are launched together when it is asked in the same shapes again.
 
     Small networks and small batches wait for Python otherwise. The kernels are the network's own,
-    and so are the bits. Only under `torch.inference_mode` on a GPU; everywhere else, and if a
-    network cannot be captured since it chooses by values, it is the plain network.
+    and so are the bits. Only under `torch.inference_mode` on a GPU; everywhere else, and where a
+    network cannot be captured, such as one that chooses by values, it is the plain network.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._known: OrderedDict[tuple[object, ...], _Captured | None] = OrderedDict()
-        self._can = True
+        self._asked_once: OrderedDict[tuple[object, ...], _Captured | None] = OrderedDict()
+        self._gave_up = False
+        self._pool: Any = None  # one for all graphs, which never run at the same time
+        self._one_at_a_time = threading.Lock()
 
     def forward(self, x: Tensor, label: Tensor, cond: Tensor | None = None) -> Tensor:
         """Answer as the network does."""
-        answer: Tensor
-        if not (self._can and x.device.type == "cuda" and torch.is_inference_mode_enabled()):
-            answer = self.network(x, label, cond)
+        if x.device.type != "cuda" or not torch.is_inference_mode_enabled() or self._gave_up:
+            return self._plain(x, label, cond)
+        with self._one_at_a_time:
+            return self._answered(x, label, cond)
+
+    def _plain(self, *given: Tensor | None) -> Tensor:
+        answer: Tensor = self.network(*given)
+        return answer
+
+    def _answered(self, *given: Tensor | None) -> Tensor:
+        key = _key(given)
+        if key not in self._asked_once:  # a capture may set nothing up: that is done now
+            answer = self._plain(*given)
+            self._asked_once[key] = None
+            if len(self._asked_once) > _AT_MOST:
+                self._asked_once.popitem(last=False)
             return answer
-        given = (x, label, cond)
-        precision = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = (*(None if g is None else (g.shape, g.dtype, g.stride()) for g in given), precision)
-        if key not in self._known:  # nothing may be set up while it is captured
-            self._known[key] = None
-            if len(self._known) > _AT_MOST:
-                self._known.popitem(last=False)
-            answer = self.network(x, label, cond)
-            return answer
-        captured = self._known[key]
+        captured = self._asked_once[key] or self._capture(given)
         if captured is None:
-            captured = self._known[key] = self._captured(given)
-        if captured is None:
-            self._can = False
-            answer = self.network(x, label, cond)
-            return answer
-        self._known.move_to_end(key)
+            self._gave_up = True
+            self._asked_once.clear()
+            return self._plain(*given)
+        self._asked_once[key] = captured
+        self._asked_once.move_to_end(key)
         for kept, value in zip(captured.inputs, given, strict=True):
             if kept is not None and value is not None:
                 kept.copy_(value)
         captured.graph.replay()
         return captured.output.clone()
 
-    def _captured(self, given: tuple[Tensor | None, ...]) -> _Captured | None:
-        inputs = tuple(None if g is None else g.clone() for g in given)
+    def _capture(self, given: tuple[Tensor | None, ...]) -> _Captured | None:
+        inputs = tuple(None if value is None else value.clone() for value in given)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, cached = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         # A weight that autocast has cast before would be freed with its cache.
         torch.set_autocast_cache_enabled(False)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output: Tensor = self.network(*inputs)
+            # The outer stream comes back even if a capture fails, which leaves its own behind.
+            with torch.cuda.stream(torch.cuda.current_stream()), capture:
+                output = self._plain(*inputs)
         except RuntimeError:
             return None
         finally:
             torch.set_autocast_cache_enabled(cached)
         return _Captured(graph, inputs, output)
+
+
+def _key(given: tuple[Tensor | None, ...]) -> tuple[object, ...]:
+    """All that kernels are chosen by. What cuDNN has found is known to its thread alone."""
+    return (
+        *(None if value is None else (value.shape, value.dtype, value.stride()) for value in given),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+        torch.get_float32_matmul_precision(),
+        threading.get_ident(),
+    )

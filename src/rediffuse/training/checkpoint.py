@@ -458,7 +458,10 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     copies = {}
     for name, tensor in tensors.items():
         by_itself = tensor.device.type in FETCHING
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=by_itself)
+        try:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=by_itself)
+        except RuntimeError:  # a container may pin little; a plain copy waits
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         copies[name] = copy.copy_(tensor.detach(), non_blocking=by_itself)
     return copies
 

@@ -28,16 +28,29 @@ def compile_network(network: nn.Module, device: torch.device, *, replayed: bool 
     the graph's memory, which the next forward pass overwrites.
 
     Raises:
-        TrainingError: if there is no compiler that works.
+        TrainingError: if there is no compiler that works; elsewhere than on a CPU the first pass
+            would raise it.
     """
     if device.type == "cpu":
-        try:
-            try_loops()
-        except RuntimeError as failed:
-            raise _no_compiler(failed) from failed
+        try_compiler(device)
     fuse(network)
     if device.type != "cpu":
         network.compile(mode="reduce-overhead" if replayed else "default")
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compile something small.
+
+    Raises:
+        TrainingError: if there is no compiler that works.
+    """
+    try:
+        if device.type == "cpu":
+            try_loops()
+        else:
+            torch.compile(torch.square)(torch.ones(8, device=device))
+    except RuntimeError as failed:
+        raise _no_compiler(failed) from failed
 
 
 def compile_noise(device: torch.device) -> Normal:
