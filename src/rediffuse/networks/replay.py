@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+_DEVICES = {"cuda"}
 _AT_MOST = 4
 """Shapes that are remembered."""
 
@@ -35,7 +36,8 @@ class Replay(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor, cond: Tensor | None = None) -> Tensor:
         """Answer as the network does."""
-        if x.device.type != "cuda" or not torch.is_inference_mode_enabled() or self._gave_up:
+        can = x.device.type in _DEVICES and torch.is_inference_mode_enabled()
+        if self._gave_up or not can:
             return self._plain(x, label, cond)
         with self._one_at_a_time:
             return self._answered(x, label, cond)
