@@ -1,23 +1,26 @@
 """What a step takes beside its forward and backward passes: `python -m benchmarks.overhead`.
 
 Beside them are the optimizer, clipping, the average, sums for the metrics, the check for what is
-not finite; and, now and then, the copy for a checkpoint. Steps are done in a row, and beside them
-their forward and backward passes alone, in turns.
+not finite; and, now and then, the copy for a checkpoint.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from benchmarks import ours
 from benchmarks.measure import finish
 from benchmarks.sizes import SIZES
+from rediffuse.data.batches import Batch
+from rediffuse.training import step as stepping
 from rediffuse.training.checkpoint import snapshot
-from rediffuse.training.step import accumulate, train_step
+from rediffuse.training.state import TrainState
+from rediffuse.training.step import Recipe
 
 
 def main() -> None:
@@ -28,47 +31,82 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plain", action="store_true", help="do not compile")
     parser.add_argument("--batch", type=int, help="images of a step; else 128 and 16")
-    parser.add_argument("--steps", type=int, default=4, help="in a row")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--images-per-checkpoint", type=int, default=50_000)
     asked = parser.parse_args()
     device, size = torch.device(asked.device), SIZES[asked.size]
     if asked.batch:
         size = replace(size, batch_size=asked.batch)
-    state, recipe, steps = ours.training(size, asked.precision, device, compiled=not asked.plain)
+    made = ours.training(size, asked.precision, device, compiled=not asked.plain)
+    measured = _one_by_one if device.type == "cpu" else _in_a_row
+    step, passes = measured(*made, asked.steps)
+    snapshot(made[0])  # the first one also takes memory
+    start = time.perf_counter()
+    snapshot(made[0])
+    copied = time.perf_counter() - start
+    per_step = copied * size.batch_size / asked.images_per_checkpoint
+    print(f"{size.name}, {asked.precision}, batch {size.batch_size}: {step:.4f} s a step")
+    print(f"forward and backward, noise and loss: {passes:.4f} s")
+    print(f"all else in a step: {(step - passes) / step:.1%}")
+    print(f"copy for a checkpoint: {copied:.3f} s, {per_step / step:.2%} of a step")
+    print(f"together: {(step - passes + per_step) / step:.1%}")
+
+
+def _one_by_one(
+    state: TrainState, recipe: Recipe, steps: Iterator[list[Batch]], count: int
+) -> tuple[float, float]:
+    """Seconds of a step, and of the passes in it: medians, without the first two steps."""
+    watched = stepping.accumulate
+    passes = _Stopwatch(watched)
+    step = _Stopwatch(stepping.train_step)
+    stepping.accumulate = passes  # type: ignore[assignment]
+    for _ in range(count + 2):
+        step(recipe, state, next(steps))
+    stepping.accumulate = watched
+    whole, alone = (statistics.median(watch.seconds[2:]) for watch in (step, passes))
+    return whole, alone
+
+
+def _in_a_row(
+    state: TrainState, recipe: Recipe, steps: Iterator[list[Batch]], count: int
+) -> tuple[float, float]:
+    """The same where a device is told the next step meanwhile: steps in a row, passes in a row.
+
+    In turns, of which the first compiles and does not count.
+    """
 
     def step() -> None:
-        train_step(recipe, state, next(steps))
+        stepping.train_step(recipe, state, next(steps))
 
     def passes() -> None:
         state.optimizer.zero_grad(set_to_none=True)
-        accumulate(recipe, state, next(steps))
+        stepping.accumulate(recipe, state, next(steps))
 
     taken: dict[Callable[[], None], list[float]] = {step: [], passes: []}
-    for turn in range(asked.turns + 1):
+    for _ in range(5):
         for work, seconds in taken.items():
-            if turn == 0:
-                _seconds(work, device, 4)  # the compiler, and what it records
-            seconds.append(_seconds(work, device, asked.steps))
+            finish(recipe.devices.device)
+            start = time.perf_counter()
+            for _ in range(count):
+                work()
+            finish(recipe.devices.device)
+            seconds.append((time.perf_counter() - start) / count)
     whole, alone = (statistics.median(seconds[1:]) for seconds in taken.values())
-    snapshot(state)  # the first one also takes memory
-    copied = _seconds(lambda: snapshot(state), device, 1)
-    per_step = copied * size.batch_size / asked.images_per_checkpoint
-    print(f"{size.name}, {asked.precision}, batch {size.batch_size}: {whole:.4f} s a step")
-    print(f"forward and backward, noise and loss: {alone:.4f} s")
-    print(f"all else in a step: {(whole - alone) / whole:.1%}")
-    print(f"copy for a checkpoint: {copied:.3f} s, {per_step / whole:.2%} of a step")
-    print(f"together: {(whole - alone + per_step) / whole:.1%}")
+    return whole, alone
 
 
-def _seconds(work: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds of one piece of work, when so many are done in a row."""
-    finish(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    finish(device)
-    return (time.perf_counter() - start) / times
+@dataclass
+class _Stopwatch:
+    """A function, and how long each of its calls took."""
+
+    function: Callable[..., Any]
+    seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, *given: Any) -> Any:
+        start = time.perf_counter()
+        answer = self.function(*given)
+        self.seconds.append(time.perf_counter() - start)
+        return answer
 
 
 if __name__ == "__main__":
