@@ -115,8 +115,20 @@ def test_a_network_that_cannot_be_captured_is_asked_as_it_is() -> None:
     assert torch.is_autocast_cache_enabled()
 
 
-def test_threads_get_their_own_answers() -> None:
-    network = Near(Counted())
+def test_threads_get_their_own_answers_and_share_what_one_of_them_captured() -> None:
+    network = Near(inner := Counted())
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda value: asked(network, 2, value)[0, 0].item(), range(200)))
     assert answers == [2.0 * value + 1 for value in range(200)]
+    assert inner.calls <= 5  # each at most once before one of them captured
+
+
+def test_a_thread_captures_only_what_it_has_asked_for_itself() -> None:
+    network = Near(inner := Counted())
+    asked(network, 2, 1.0)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(asked, network, 2, 2.0).result()[0, 0] == 5
+        assert (inner.calls, Graph.replays) == (2, 0)
+        assert other.submit(asked, network, 2, 3.0).result()[0, 0] == 7
+    assert asked(network, 2, 4.0)[0, 0] == 9
+    assert (inner.calls, Graph.replays) == (3, 2)

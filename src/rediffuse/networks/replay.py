@@ -29,7 +29,8 @@ class Replay(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._asked_once: OrderedDict[tuple[object, ...], _Captured | None] = OrderedDict()
+        # What was captured for a shape, or the threads that have asked for it once.
+        self._known: OrderedDict[tuple[object, ...], _Captured | set[int]] = OrderedDict()
         self._gave_up = False
         self._pool: Any = None  # one for all graphs, which never run at the same time
         self._one_at_a_time = threading.Lock()
@@ -47,20 +48,22 @@ class Replay(nn.Module):
         return answer
 
     def _answered(self, *given: Tensor | None) -> Tensor:
-        key = _key(given)
-        if key not in self._asked_once:  # a capture may set nothing up: that is done now
+        key, thread = _key(given), threading.get_ident()
+        known = self._known.get(key, set())
+        if isinstance(known, set) and thread not in known:
+            # A capture may set nothing up: that is done now, and known to this thread alone.
             answer = self._plain(*given)
-            self._asked_once[key] = None
-            if len(self._asked_once) > _AT_MOST:
-                self._asked_once.popitem(last=False)
+            self._known[key] = known | {thread}
+            if len(self._known) > _AT_MOST:
+                self._known.popitem(last=False)
             return answer
-        captured = self._asked_once[key] or self._capture(given)
+        captured = known if isinstance(known, _Captured) else self._capture(given)
         if captured is None:
             self._gave_up = True
-            self._asked_once.clear()
+            self._known.clear()
             return self._plain(*given)
-        self._asked_once[key] = captured
-        self._asked_once.move_to_end(key)
+        self._known[key] = captured
+        self._known.move_to_end(key)
         for kept, value in zip(captured.inputs, given, strict=True):
             if kept is not None and value is not None:
                 kept.copy_(value)
@@ -86,7 +89,7 @@ class Replay(nn.Module):
 
 
 def _key(given: tuple[Tensor | None, ...]) -> tuple[object, ...]:
-    """All that kernels are chosen by. What cuDNN has found is known to its thread alone."""
+    """All that kernels are chosen by."""
     return (
         *(None if value is None else (value.shape, value.dtype, value.stride()) for value in given),
         torch.is_autocast_enabled("cuda"),
@@ -94,5 +97,4 @@ def _key(given: tuple[Tensor | None, ...]) -> tuple[object, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.deterministic,
         torch.get_float32_matmul_precision(),
-        threading.get_ident(),
     )
