@@ -107,6 +107,20 @@ def test_every_shape_and_precision_is_captured_by_itself_and_the_oldest_is_forgo
     assert inner.calls == 12
 
 
+def test_what_is_asked_for_again_and_again_is_not_forgotten() -> None:
+    network = Near(inner := Counted())
+    for rows in (1, 2, 3, 4):
+        asked(network, rows, 1.0)
+        asked(network, rows, 1.0)
+    asked(network, 1, 1.0)
+    asked(network, 5, 1.0)  # 2 was asked for longest ago
+    before = inner.calls
+    asked(network, 1, 1.0)
+    assert inner.calls == before
+    asked(network, 2, 1.0)
+    assert inner.calls == before + 1
+
+
 def test_a_network_that_cannot_be_captured_is_asked_as_it_is() -> None:
     network = Near(Counted(chooses=True))
     answers = [asked(network, 2, value)[0, 0].item() for value in (1.0, 2.0, 3.0)]
