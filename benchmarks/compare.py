@@ -132,7 +132,9 @@ def _ways(work: str, size: Size, precision: str, device: torch.device) -> Mappin
         "diffusers, compiled": Way(theirs, given, compiled),
     }
     if device.type != "cpu":  # where `exact` is what is taken anyway
-        ways["rediffuse, compiled, exact"] = Way(ours_too, given, {**compiled, "exact": True})
+        ways["rediffuse, compiled, exact"] = Way(
+            ours_too, given, {**compiled, "determinism": "exact"}
+        )
     if work == "train":
         return {**ways, "lucidrains": Way(peers.lucidrains_train, given)}
     return {**ways, "our network alone, compiled": Way(bare, given, compiled)}

@@ -11,10 +11,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.measure import watch
 from rediffuse import launch
 from rediffuse.config.compose import compose
 from rediffuse.session import Session, planned_images
@@ -71,21 +70,6 @@ def main() -> None:
     for name, seconds in parts.items():
         print(f"{name:<26} {seconds:8.2f} s  {seconds / training:7.3%}")
     print(f"{'together':<26} {sum(parts.values()):8.2f} s  {sum(parts.values()) / training:7.3%}")
-
-
-def watch(owner: Any, name: str, clock: Callable[[], float]) -> list[float]:
-    """Have a function of a module or a class note how long each call takes."""
-    function, taken = getattr(owner, name), list[float]()
-
-    def timed(*given: Any, **named: Any) -> Any:
-        start = clock()
-        try:
-            return function(*given, **named)
-        finally:
-            taken.append(clock() - start)
-
-    setattr(owner, name, timed)
-    return taken
 
 
 if __name__ == "__main__":

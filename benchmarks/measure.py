@@ -128,6 +128,21 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def watch(owner: Any, name: str, clock: Callable[[], float]) -> list[float]:
+    """Have a function of a module or a class note how long each call takes."""
+    function, taken = getattr(owner, name), list[float]()
+
+    def timed(*given: Any, **named: Any) -> Any:
+        start = clock()
+        try:
+            return function(*given, **named)
+        finally:
+            taken.append(clock() - start)
+
+    setattr(owner, name, timed)
+    return taken
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """The machine and the versions that a figure belongs to."""
     found: dict[str, Any] = {

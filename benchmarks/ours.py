@@ -37,11 +37,12 @@ def training(
     device: torch.device,
     *,
     compiled: bool = False,
-    exact: bool | None = None,
+    determinism: str = "auto",
 ) -> tuple[TrainState, Recipe, Iterator[list[Batch]]]:
     """What `rediffuse train` would train with for this size: state, recipe, and the steps."""
-    _set_up(device, compiled, exact)
-    network = _network(size, device, compiled, trains=True)
+    keep_freed_memory()
+    set_determinism(determinism, device, None, compiled=compiled)
+    network = _network(size, device, compiled, replayed=True)
     state = TrainState(
         network, adamw(parameter_groups(network), 1e-4), Average(network, half_life_images=50_000)
     )
@@ -74,10 +75,12 @@ def train(
     device: torch.device,
     *,
     compiled: bool = False,
-    exact: bool | None = None,
+    determinism: str = "auto",
 ) -> Work:
     """One step after another: data, noise, loss, gradients, clipping, AdamW and average."""
-    state, recipe, steps = training(size, precision, device, compiled=compiled, exact=exact)
+    state, recipe, steps = training(
+        size, precision, device, compiled=compiled, determinism=determinism
+    )
 
     def step() -> None:
         train_step(recipe, state, next(steps))
@@ -91,10 +94,11 @@ def evaluate(
     device: torch.device,
     *,
     compiled: bool = False,
-    exact: bool | None = None,
+    determinism: str = "auto",
 ) -> Work:
     """One denoising evaluation of a batch, as a solver asks for it."""
-    _set_up(device, compiled, exact)
+    keep_freed_memory()
+    set_determinism(determinism, device, None, compiled=compiled)
     network = _network(size, device, compiled).eval()
     if device.type == "cuda":
         network = Replay(network)
@@ -111,17 +115,10 @@ def evaluate(
     return once
 
 
-def _set_up(device: torch.device, compiled: bool, exact: bool | None) -> None:
-    """As `rediffuse train` does; None is `determinism=auto`."""
-    keep_freed_memory()
-    mode = {None: "auto", True: "exact", False: "fast"}[exact]
-    set_determinism(mode, device, None, compiled=compiled)
-
-
 def _network(
-    size: Size, device: torch.device, compiled: bool, *, trains: bool = False
+    size: Size, device: torch.device, compiled: bool, *, replayed: bool = False
 ) -> nn.Module:
     network = size.ours().to(device)
     if compiled:
-        compile_network(network, device, replayed=trains)
+        compile_network(network, device, replayed=replayed)
     return network

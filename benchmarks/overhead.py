@@ -8,13 +8,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from benchmarks import ours
-from benchmarks.measure import finish
+from benchmarks.measure import finish, watch
 from benchmarks.sizes import SIZES
 from rediffuse.data.batches import Batch
 from rediffuse.training import step as stepping
@@ -56,15 +55,12 @@ def _one_by_one(
     state: TrainState, recipe: Recipe, steps: Iterator[list[Batch]], count: int
 ) -> tuple[float, float]:
     """Seconds of a step, and of the passes in it: medians, without the first two steps."""
-    watched = stepping.accumulate
-    passes = _Stopwatch(watched)
-    step = _Stopwatch(stepping.train_step)
-    stepping.accumulate = passes  # type: ignore[assignment]
+    step, passes = (
+        watch(stepping, name, time.perf_counter) for name in ("train_step", "accumulate")
+    )
     for _ in range(count + 2):
-        step(recipe, state, next(steps))
-    stepping.accumulate = watched
-    whole, alone = (statistics.median(watch.seconds[2:]) for watch in (step, passes))
-    return whole, alone
+        stepping.train_step(recipe, state, next(steps))
+    return statistics.median(step[2:]), statistics.median(passes[2:])
 
 
 def _in_a_row(
@@ -93,20 +89,6 @@ def _in_a_row(
             seconds.append((time.perf_counter() - start) / count)
     whole, alone = (statistics.median(seconds[1:]) for seconds in taken.values())
     return whole, alone
-
-
-@dataclass
-class _Stopwatch:
-    """A function, and how long each of its calls took."""
-
-    function: Callable[..., Any]
-    seconds: list[float] = field(default_factory=list)
-
-    def __call__(self, *given: Any) -> Any:
-        start = time.perf_counter()
-        answer = self.function(*given)
-        self.seconds.append(time.perf_counter() - start)
-        return answer
 
 
 if __name__ == "__main__":

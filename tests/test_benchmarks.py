@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks.looking_on import watch
-from benchmarks.measure import Times, Way, alternate
+from benchmarks.measure import Times, Way, alternate, watch
 from benchmarks.sizes import LARGE, SMALL, Size
 
 

@@ -1,6 +1,7 @@
 """Sampling needs the id and nothing else; image j is image j."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
 from rediffuse.errors import CheckpointError, ConfigError, DataError, RunError
 from rediffuse.gallery import Options, image_numbers, wanted
 from rediffuse.models import load
+from rediffuse.networks.replay import Replay
 from rediffuse.pictures import columns_for, grid
 from rediffuse.training import memory
 
@@ -90,6 +92,20 @@ def test_as_many_images_go_together_as_half_of_the_memory_holds(
     assert batch_that_fits(model, how, job) == size
     sizes = [len(numbers) for numbers, _ in draw(model, how, job)] if size > 1 else [1]
     assert sizes[0] == size
+
+
+def test_what_fits_is_measured_on_the_bare_network(trained: tuple[Path, str]) -> None:
+    """A network that is replayed takes no memory that anybody would see."""
+    model = load(trained[1], root=trained[0], device="cpu")
+    network = model.denoiser.network
+    network.compile(backend="eager")
+    replayed = replace(model, denoiser=replace(model.denoiser, network=Replay(network)))
+    for either in (model, replayed):
+        bare = drawing.uncompiled(either).denoiser.network
+        assert type(bare) is type(network)
+        assert bare._compiled_call_impl is None
+        assert all(a is b for a, b in zip(bare.parameters(), network.parameters(), strict=True))
+    assert network._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize(("whole", "sizes"), [(False, {16, 8}), (True, {16})])

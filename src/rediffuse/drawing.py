@@ -5,7 +5,7 @@ Image j depends on (seed, j) alone: on no neighbour, and on no other job.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -167,28 +167,27 @@ def batch_that_fits(model: Model, how: Sampling, job: Job) -> int:
         return few
     first = slice(0, few)
     classes = job.classes and job.classes[first]
-    tried = replace(job, images=job.images[first], classes=classes, way=None)
+    weaker = job.weaker and uncompiled(job.weaker)
+    tried = replace(job, images=job.images[first], classes=classes, way=None, weaker=weaker)
     memory.give_back()
     before = memory.resident(device)
     memory.forget_peak(device)
-    with uncompiled(model) as bare:
-        if job.weaker:
-            with uncompiled(job.weaker) as weaker:
-                tried = replace(tried, weaker=weaker)
-        next(states(bare, how, tried))
+    next(states(uncompiled(model), how, tried))
     taken = max(1, memory.peak(device) - before)
     fitting = max(1, memory.free_bytes(device) // 2 * few // taken)
     return min(most, 2 ** (fitting.bit_length() - 1))
 
 
-@contextmanager
-def uncompiled(model: Model) -> Iterator[Model]:
-    """The same model with its bare network, and no compiling meanwhile, for a few images."""
+def uncompiled(model: Model) -> Model:
+    """The same model with its bare network, neither replayed nor compiled whole: for a few images.
+
+    Those would be one more size of batch.
+    """
     network = model.denoiser.network
     if isinstance(network, Replay):
-        model = replace(model, denoiser=replace(model.denoiser, network=network.network))
-    with torch.compiler.set_stance("force_eager") if _whole(model) else nullcontext():
-        yield model
+        network = network.network
+    bare = copy(network)  # the same weights; a copy forgets that it was to be compiled
+    return replace(model, denoiser=replace(model.denoiser, network=bare))
 
 
 def multiple(model: Model, job: Job) -> int:

@@ -128,9 +128,9 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     _save_manifest(folder, facts)
     if options.film:
         few = replace(job, images=job.images[:16], classes=job.classes and job.classes[:16])
-        with uncompiled(model) as bare:
-            frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in states(bare, how, few))
-            save_film(map(grid, frames), folder / "film.gif")
+        steps = states(uncompiled(model), how, few)
+        frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in steps)
+        save_film(map(grid, frames), folder / "film.gif")
     weights, step = model.origin["weights"], model.origin["checkpoint"]
     print(f"{len(pixels)} images from {weights} weights at {step}")
     if _nobody_knows_the_class(model, job):

@@ -42,7 +42,7 @@ from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import in_one_line, redacted
 from rediffuse.training import checkpoint, hooks, memory
 from rediffuse.training.average import Average
-from rediffuse.training.compiling import compile_network, compile_noise, trial
+from rediffuse.training.compiling import Trial, compile_network, compile_noise, trial
 from rediffuse.training.devices import (
     PRECISIONS,
     Devices,
@@ -249,7 +249,7 @@ def _compile_settled(
     if not wanted:
         return config
     parts = config.training.accumulation * devices.ranks
-    whole = count = config.training.batch_size // parts
+    count = config.training.batch_size // parts
     if devices.device.type == "cpu":  # where large images take seconds each
         count = max(1, min(count, _TRIED_IMAGES, _TRIED_PIXELS // config.data.image_size**2))
     elif isinstance(build.schedule(config, trusted), nn.Module):
@@ -259,20 +259,10 @@ def _compile_settled(
     found, failed = None, None
     if devices.is_main:
         tell("compiling the network to try it, which may take a minute", sys.stderr)
-    while found is None and failed is None:
-        network, inputs = _example(config, images, devices, count, trusted)
-        precision, replayed = PRECISIONS[config.training.precision], _replayed(config)
-        try:
-            found = trial(network, inputs, precision, replayed=replayed)
-        except TrainingError as refused:
-            failed = refused
-        except torch.OutOfMemoryError:  # of the plain network, which needs more
-            if count == 1:
-                raise
-            count //= 2
-            _forget_compiled(devices)
-    if count != whole:
-        _forget_compiled(devices)
+    try:
+        found = _tried(config, images, devices, count, trusted)
+    except TrainingError as refused:
+        failed = refused
     votes = [[found is not None, bool(found and found.agrees), bool(found and found.pays)]]
     works, agrees, pays = devices.gather(torch.tensor(votes, dtype=torch.int64)).amin(0).tolist()
     if not works:
@@ -303,6 +293,26 @@ def _compile_settled(
 
 _TRIED_IMAGES, _TRIED_PIXELS = 128, 100_000
 _LEARNED = "a schedule that learns takes two backward passes, and a compiled network only one"
+
+
+def _tried(
+    config: Config, images: Images, devices: Devices, count: int, trusted: Sequence[str] | None
+) -> Trial:
+    """A trial with so many images, or with fewer if the plain network, which needs more, is short
+    of memory.
+    """
+    network, inputs = _example(config, images, devices, count, trusted)
+    precision = PRECISIONS[config.training.precision]
+    try:
+        return trial(network, inputs, precision, replayed=_replayed(config))
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+    del network, inputs
+    _forget_compiled(devices)
+    found = _tried(config, images, devices, count // 2, trusted)
+    _forget_compiled(devices)
+    return found
 
 
 def _forget_compiled(devices: Devices) -> None:

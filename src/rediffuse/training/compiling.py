@@ -25,14 +25,9 @@ def compile_network(network: nn.Module, device: torch.device, *, replayed: bool 
     On a CPU these are the group norms (`networks.fused`): convolutions are a library's there, and
     compiling all the rest took minutes and gained nothing. Elsewhere it is the whole network. Its
     kernels are `replayed` together as CUDA graphs where that is asked for; gradients then lie in
-    the graph's memory, which the next forward pass overwrites.
-
-    Raises:
-        TrainingError: if there is no compiler that works; elsewhere than on a CPU the first pass
-            would raise it.
+    the graph's memory, which the next forward pass overwrites. Nothing is compiled before that:
+    without a compiler it raises a RuntimeError (`try_compiler`).
     """
-    if device.type == "cpu":
-        try_compiler(device)
     fuse(network)
     if device.type != "cpu":
         network.compile(mode="reduce-overhead" if replayed else "default")
