@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
+from rediffuse.networks.convolutions import Convolution
 from rediffuse.networks.norms import Norm, forgets_channel_means, group, modulated
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
@@ -52,11 +53,11 @@ class ResidualBlock(nn.Module):
         self.scale_shift = scale_shift
         self.resample = resample or nn.Identity()
         self.norm_1 = norm(in_channels)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_1 = Convolution(in_channels, out_channels)
         self.modulation = nn.Linear(embedding_channels, (1 + scale_shift) * out_channels)
         self.norm_2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_2 = zero(Convolution(out_channels, out_channels))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         if forgets_channel_means(self.norm_2) and not scale_shift:
@@ -122,7 +123,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.repeat = Repeat()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels)
 
     def forward(
         self, x: Float[Tensor, "batch channel height width"]

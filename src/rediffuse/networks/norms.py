@@ -16,29 +16,21 @@ Norm = Callable[[int], nn.Module]
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's group norm or, once `compiled`, that of `networks.fused`.
+    """torch's group norm or, once `fast`, that of `networks.fused`.
 
     On a GPU only while the compiler looks: without it the formula is slower than torch's.
     """
 
-    compiled = False
+    fast = False
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
         """Normalise; with a scale and a shift per image and channel, (1 + scale)·h + shift."""
-        if self.compiled and (x.device.type == "cpu" or torch.compiler.is_compiling()):
+        if self.fast and (x.device.type == "cpu" or torch.compiler.is_compiling()):
             given = self.weight, self.bias, self.num_groups, self.eps
             return fused.group_norm(x, *given, scale, shift)
         return _modulated(super().forward(x), scale, shift)
-
-
-def fuse(network: nn.Module) -> None:
-    """Lay a network out channels-last, and let its group norms be those of `fused`; in place."""
-    network.to(memory_format=torch.channels_last)
-    for module in network.modules():
-        if isinstance(module, GroupNorm):
-            module.compiled = True
 
 
 def modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rediffuse.errors import ConfigError
 from rediffuse.networks.attention import Attention
 from rediffuse.networks.blocks import Downsample, Repeat, ResidualBlock, Stage, Upsample, zero
+from rediffuse.networks.convolutions import Convolution
 from rediffuse.networks.embeddings import Embedding
 from rediffuse.networks.norms import Norm, group
 
@@ -81,7 +82,7 @@ class UNet(nn.Module):
         self.embedding = Embedding(
             base_channels, 4 * base_channels, num_classes=num_classes, null_class=null_class
         )
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.conv_in = Convolution(in_channels, width)
         self.down = nn.ModuleList()
         for size, after in levels:
             for _ in range(blocks_per_level):
@@ -99,7 +100,7 @@ class UNet(nn.Module):
             if size != sizes[0]:
                 last.append(resized(width, Upsample, Repeat()))
         self.norm_out = norm(width)
-        self.conv_out = zero(nn.Conv2d(width, out_channels, 3, padding=1))
+        self.conv_out = zero(Convolution(width, out_channels))
 
     def forward(
         self,

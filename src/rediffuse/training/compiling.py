@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rediffuse.errors import TrainingError
+from rediffuse.networks.convolutions import Convolution
 from rediffuse.networks.fused import try_loops
-from rediffuse.networks.norms import fuse
+from rediffuse.networks.norms import GroupNorm
 from rediffuse.randomness import Normal, normal
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -22,13 +23,17 @@ _ROUNDS, _LONG_ENOUGH_S = 3, 5.0
 def compile_network(network: nn.Module, device: torch.device, *, replayed: bool = False) -> None:
     """Let torch's compiler fuse what it can, in place, and lay the network out channels-last.
 
-    On a CPU these are the group norms (`networks.fused`): convolutions are a library's there, and
+    On a CPU these are the group norms (`networks.fused`) and, in float32, the gradients of
+    convolutions' weights (`networks.convolutions`): convolutions are a library's there, and
     compiling all the rest took minutes and gained nothing. Elsewhere it is the whole network. Its
     kernels are `replayed` together as CUDA graphs where that is asked for; gradients then lie in
     the graph's memory, which the next forward pass overwrites. Nothing is compiled before that:
     without a compiler it raises a RuntimeError (`try_compiler`).
     """
-    fuse(network)
+    network.to(memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, GroupNorm | Convolution):
+            module.fast = True
     if device.type != "cpu":
         network.compile(mode="reduce-overhead" if replayed else "default")
 
