@@ -118,11 +118,18 @@ LOOKED_AT = (
     "training.preview_every_images=48",
     "training.validate_every_images=48",
 )
+# enough for gradients of convolutions that are our own
+WIDE = ("training.previews=false", "model.base_channels=128", "model.channel_multipliers=[1,1]")
 
 
 @needs_a_compiler
 @pytest.mark.parametrize(
-    "more", [("training.previews=false",), pytest.param(LOOKED_AT, marks=pytest.mark.slow)]
+    "more",
+    [
+        ("training.previews=false",),
+        pytest.param(LOOKED_AT, marks=pytest.mark.slow),
+        pytest.param(WIDE, marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, more: tuple[str, ...]) -> None:
     words = ("train", *TINY, "training.compile=true", "training.images=144", *more)
