@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rediffuse.networks.convolutions import Convolution, gradients
+from rediffuse.training.compiling import compile_network
 
 
 def images(*shape: int) -> Tensor:
@@ -80,3 +81,10 @@ def test_where_it_does_not_pay_it_is_torchs_own(otherwise: str) -> None:
     ):
         y = layer(images(1, 128, 4, 4))
     assert y.grad_fn is None or y.grad_fn.name() == "ConvolutionBackward0"
+
+
+def test_a_compiled_networks_are_fast() -> None:
+    layer = Convolution(128, 128)
+    compile_network(nn.Sequential(nn.SiLU(), layer), torch.device("cpu"))
+    assert layer.fast
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
