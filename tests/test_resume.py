@@ -38,6 +38,7 @@ def test_stopping_in_mid_epoch_and_resuming_changes_no_bit(tmp_path: Path) -> No
     run = run_id(first)
     assert newest(tmp_path, run).name == "step-00000009"
     rediffuse("resume", run[:8], "training.stop_after_images=null", root=tmp_path)
+    assert [*(tmp_path / run).rglob("preview-*")] == []  # nor at its end
     assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
     assert metrics(tmp_path, golden) == metrics(tmp_path, run)
 

@@ -201,7 +201,8 @@ class Session:
             return
         self._console.move(state.images_seen)
         self._console.close()
-        if status == "FINISHED" and state.images_seen >= self.planned:
+        finished = status == "FINISHED" and state.images_seen >= self.planned
+        if finished and self.config.training.previews:
             self.preview(state)
         self._write_epochs()
         self.run.update(status=status)

@@ -125,7 +125,7 @@ class Training(Section):
     checkpoint_every_images: PositiveInt | None = None
     """null: an epoch, or a twentieth of the run if that is longer"""
     previews: bool = True
-    """draw images while training"""
+    """draw images while training, and at its end"""
     preview_count: PositiveInt = 64
     """how many"""
     validation_images: PositiveInt = 1024
