@@ -23,12 +23,12 @@ _ROUNDS, _LONG_ENOUGH_S = 3, 5.0
 def compile_network(network: nn.Module, device: torch.device, *, replayed: bool = False) -> None:
     """Let torch's compiler fuse what it can, in place, and lay the network out channels-last.
 
-    On a CPU these are the group norms (`networks.fused`) and, in float32, the gradients of
-    convolutions' weights (`networks.convolutions`): convolutions are a library's there, and
-    compiling all the rest took minutes and gained nothing. Elsewhere it is the whole network. Its
-    kernels are `replayed` together as CUDA graphs where that is asked for; gradients then lie in
-    the graph's memory, which the next forward pass overwrites. Nothing is compiled before that:
-    without a compiler it raises a RuntimeError (`try_compiler`).
+    On a CPU these are the group norms (`networks.fused`): compiling all the rest took minutes and
+    gained nothing. Convolutions are a library's there, but for the gradients of wide ones in
+    float32 (`networks.convolutions`). Elsewhere it is the whole network. Its kernels are `replayed`
+    together as CUDA graphs where that is asked for; gradients then lie in the graph's memory, which
+    the next forward pass overwrites. Nothing is compiled before that: without a compiler it raises
+    a RuntimeError (`try_compiler`).
     """
     network.to(memory_format=torch.channels_last)
     for module in network.modules():
