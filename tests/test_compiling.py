@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rediffuse import launch
 from rediffuse.config.compose import compose
 from rediffuse.errors import ConfigError, TrainingError
 from rediffuse.images import prepare
+from rediffuse.training import compiling
 from rediffuse.training.compiling import Trial
 from rediffuse.training.devices import Devices
 
@@ -188,6 +190,27 @@ def test_a_compiled_network_that_disagrees_is_not_used(
     else:
         settled = launch.settled(config, images, Devices(torch.device("cpu")))
         assert settled.training.compile is False
+
+
+@pytest.mark.parametrize(("seconds_each", "turns"), [(0.1, 3), (10, 2)])
+def test_one_disturbed_turn_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, seconds_each: float, turns: int
+) -> None:
+    now, asked, seconds = 0.0, [], iter([0, 0, 2, *[1] * 9])  # the first two are not timed
+
+    def answer(network: torch.nn.Module, *given: object) -> torch.Tensor:
+        nonlocal now
+        asked.append(network)
+        now += seconds_each * next(seconds)
+        return torch.ones(1)
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(compiling, "time", clock)
+    monkeypatch.setattr(compiling, "_answer", answer)
+    monkeypatch.setattr(compiling, "compile_network", lambda *given, **how: None)
+    found = compiling.trial(torch.nn.Linear(1, 1), [torch.ones(1)])
+    assert (found.seconds, found.plain_seconds) == pytest.approx((seconds_each, seconds_each))
+    assert [asked.count(network) for network in set(asked)] == [turns + 1] * 2
 
 
 def test_a_trial_that_does_not_fit_is_made_with_fewer_images(
