@@ -51,6 +51,7 @@ from rediffuse.training.devices import (
     keep_freed_memory,
     set_determinism,
 )
+from rediffuse.training.loop import Stop
 from rediffuse.training.loop import train as loop
 from rediffuse.training.memory import free_bytes
 from rediffuse.training.optimizers import parameter_groups
@@ -409,7 +410,7 @@ def _go(
     look: Look = unseen,
 ) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
-    session = Session(run, config, images, recipe, look)
+    session = Session(run, config, images, recipe, look, interrupts.check)
     try:
         session.begin(state)
         if "tensorboard" in config.tracking.trackers and recipe.devices.is_main:
@@ -419,6 +420,10 @@ def _go(
         reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
         session.save(state)
         session.saved()
+        try:
+            session.last_preview(state)
+        except Stop as stop:
+            reason = str(stop)
         stopped_by = interrupts.received
         session.end(state, "KILLED" if stopped_by else "FINISHED")
     except BaseException as failed:

@@ -32,7 +32,7 @@ from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomi
 from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker
 from rediffuse.training import checkpoint, hooks
-from rediffuse.training.loop import Hook, every
+from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
 from rediffuse.words import tell
@@ -45,13 +45,27 @@ def unseen(images_seen: int, values: Mapping[str, float]) -> None:
     """Look at nothing."""
 
 
+def undisturbed() -> None:
+    """Go on."""
+
+
 class Session:
-    """One process' part of a run. Every rank measures; the first one writes and talks."""
+    """One process' part of a run. Every rank measures; the first one writes and talks.
+
+    `go_on` raises a Stop where training shall end: no preview is drawn to its end then, but when
+    the run is resumed.
+    """
 
     def __init__(
-        self, run: Run, config: Config, images: Images, recipe: Recipe, look: Look = unseen
+        self,
+        run: Run,
+        config: Config,
+        images: Images,
+        recipe: Recipe,
+        look: Look = unseen,
+        go_on: Callable[[], None] = undisturbed,
     ) -> None:
-        self._look = look
+        self._look, self._go_on = look, go_on
         self.run, self.config, self.images, self.recipe = run, config, images, recipe
         self.planned = planned_images(config, images.per_epoch)
         self._main = recipe.devices.is_main
@@ -79,6 +93,10 @@ class Session:
         if state.images_seen == 0:
             append(self.run.digests, 0, beginning(self.config, self.recipe))
         self._announce(state)
+        drawn = self._journal.picture("preview", state.images_seen).exists()
+        if state.step and self.config.training.previews and not drawn:
+            with suppress(Stop):  # which the next step meets, too
+                self._previews(state, {})
 
     def watched(self, steps: Iterator[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
         """Hand steps on, and know how long training waited for them."""
@@ -89,8 +107,7 @@ class Session:
     def hooks(self) -> list[Hook]:
         """Everything that looks on, in order: what reads the state before what saves it."""
         training, size = self.config.training, self.config.training.batch_size
-        epoch = self.images.per_epoch
-        now_and_then = max(epoch, self.planned // 20)
+        epoch, now_and_then = self.images.per_epoch, self._now_and_then
         when = partial(every, batch_size=size)
         often = training.log_every_images or min(50 * size, epoch)
         looking: list[Hook] = [
@@ -102,7 +119,6 @@ class Session:
             check = hooks.validate(self.recipe, self._validation, self._record)
             looking.append(when(training.validate_every_images or now_and_then, hook=check))
         if self._main:
-            previews = training.preview_every_images or now_and_then
             saves = training.checkpoint_every_images or now_and_then
             looking.append(hooks.first_step(self._say))
             if self.config.profile:
@@ -113,7 +129,7 @@ class Session:
                 proxy = when(training.proxy_every_images, hook=lambda state, _: self.proxy(state))
                 looking.append(proxy)
             if training.previews:
-                looking.append(when(previews, hook=lambda state, _: self.preview(state)))
+                looking.append(self._previews)
             looking.append(when(saves, hook=lambda state, _: self.save(state)))
         if training.early_stopping_checks and self._validation:
             looking.append(hooks.stop_early(training.early_stopping_checks))
@@ -149,19 +165,38 @@ class Session:
         self._saving.wait()
 
     def preview(self, state: TrainState) -> None:
-        """Draw the same images as every time, from the averaged weights, into one picture."""
+        """Draw the same images as every time, from the averaged weights, into one picture.
+
+        Raises:
+            Stop: if training shall end meanwhile; there is no picture then.
+        """
         if not self._main or self._last_preview == state.images_seen:
             return
         count, names = self.config.training.preview_count, self.images.class_names
         numbers = tuple(range(count))
         model = self._model(state)
         job = drawing.Job(numbers, drawing.classes_for(numbers, names), batch_size=count)
-        pixels = np.concatenate(
-            [drawn for _, drawn in drawing.draw(model, self.config.sampling, job)]
-        )
+        drawn = drawing.draw(model, self.config.sampling, job, lambda count: self._go_on())
+        pixels = np.concatenate([some for _, some in drawn])
         picture = grid(pixels, columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
         self._last_preview = state.images_seen
+
+    def last_preview(self, state: TrainState) -> None:
+        """Draw what a run that is at its end has come to; raises a Stop as `preview` does."""
+        if self.config.training.previews and state.images_seen >= self.planned:
+            self.preview(state)
+
+    @property
+    def _now_and_then(self) -> int:
+        """How many images pass between two of what is not said otherwise."""
+        return max(self.images.per_epoch, self.planned // 20)
+
+    @property
+    def _previews(self) -> Hook:
+        training = self.config.training
+        images = training.preview_every_images or self._now_and_then
+        return every(images, training.batch_size, lambda state, _: self.preview(state))
 
     def proxy(self, state: TrainState) -> None:
         """Record how far a few images of the averaged weights are from real ones, cheaply."""
@@ -201,9 +236,6 @@ class Session:
             return
         self._console.move(state.images_seen)
         self._console.close()
-        finished = status == "FINISHED" and state.images_seen >= self.planned
-        if finished and self.config.training.previews:
-            self.preview(state)
         self._write_epochs()
         self.run.update(status=status)
         newest = checkpoint.checkpoints(self.run.checkpoints)[-1:]
@@ -222,7 +254,7 @@ class Session:
         if self._last_preview is not None:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
-        finished = state.images_seen >= self.planned
+        finished = run.read().status == "FINISHED" and state.images_seen >= self.planned
         going_on = longer(run, self.config) if finished else f"rediffuse resume {run.id}"
         say(f"  resume  {going_on}")
         say(f"  sample  rediffuse sample {run.id}")

@@ -97,6 +97,45 @@ def test_a_signal_at_any_of_10_random_moments_leaves_a_run_that_goes_on_to_the_l
     print(f"{number.name} at 10 random moments: {dict(counts)}")
 
 
+# Run before a command: drawing a preview takes two steps, and `draws` is there after the first.
+DRAWING = """
+import os, time
+from pathlib import Path
+from rediffuse import drawing
+states, parent = drawing.states, os.getppid()
+def slow_states(*arguments):
+    for state in states(*arguments):
+        yield state
+        Path("draws").touch()
+        while not Path("go").exists() and os.getppid() == parent:
+            time.sleep(0.005)
+drawing.states = slow_states
+"""
+
+
+@pytest.mark.parametrize("images", [128, 192], ids=["midway", "last"])
+def test_a_signal_ends_a_preview_which_is_drawn_when_the_run_goes_on(
+    zygote: Zygote, half: Path, golden: Golden, images: int
+) -> None:
+    run = runs_in(half)[0]
+    if images == 192:
+        zygote.run("resume", run.name, "training.stop_after_images=176", root=half)
+    process = zygote.start("resume", run.name, root=half, before=DRAWING)
+    while not (half / "draws").exists():
+        assert not process.ends_within(0.005), process.wait()
+    process.send(signal.SIGTERM)
+    assert not process.ends_within(0.1)
+    (half / "go").touch()
+    done = process.wait()
+    assert_clear(done, 143)
+    assert f"SIGTERM received at {images} of 192" in done.stdout
+    assert f"rediffuse resume {run.name}\n" in done.stdout.partition(" received")[2]
+    assert (status(run), images_in(checkpoints(run)[-1])) == ("KILLED", images)
+    assert not (run / "samples" / f"preview-{images:010}.png").exists()
+    zygote.run("resume", run.name, root=half, check=0)
+    assert_same(run, golden)
+
+
 # Both outputs are a pipe whose reader has gone, and a line is written at every log.
 BROKEN = """
 import os

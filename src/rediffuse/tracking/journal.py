@@ -63,13 +63,17 @@ class Journal:
         self, name: str, grid: UInt8[np.ndarray, "height width channel"], images_seen: int
     ) -> Path:
         """Write a picture (1, 3 or 4 channels) to `samples/<name>-<images>.png`."""
-        path = self._directory / "samples" / f"{name}-{images_seen:010d}.png"
+        path = self.picture(name, images_seen)
         path.parent.mkdir(exist_ok=True)
         png = io.BytesIO()
         Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(png, "PNG")
         write_atomically(path, png.getvalue())
         self.artifact(path, images_seen)
         return path
+
+    def picture(self, name: str, images_seen: int) -> Path:
+        """Where a picture is, once it is written."""
+        return self._directory / "samples" / f"{name}-{images_seen:010d}.png"
 
     def artifact(self, path: Path, images_seen: int) -> None:
         """Have a file of the run sent to the trackers; it must stay as it is until the end.

@@ -284,7 +284,10 @@ PROFILED = range(5, 10)
 
 
 class Interrupts:
-    """SIGINT and SIGTERM end training after the step they meet; a second one ends it at once."""
+    """SIGINT and SIGTERM end training after the step they meet; a second one ends it at once.
+
+    What takes long beside a step asks `check` now and then.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -292,6 +295,10 @@ class Interrupts:
 
     def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
         """Stop if a signal has come."""
+        self.check()
+
+    def check(self) -> None:
+        """Raise a Stop if a signal has come."""
         if self.received:
             raise Stop(f"{self.received.name} received")
 
