@@ -17,7 +17,7 @@ from rediffuse.data import packing
 from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
 from rediffuse.data.packing import FACTS, open_packed, pack
-from rediffuse.data.sources import ArrayExamples, Example, Source
+from rediffuse.data.sources import ArrayExamples, Example, LateSource, Source
 from rediffuse.data.sources.folder import folder
 from rediffuse.data.splits import split
 from rediffuse.errors import DataError
@@ -106,6 +106,14 @@ def test_what_is_packed_is_used_again_unless_files_or_settings_change(tmp_path, 
         assert pack(source(), place, **AS).image_size == 8  # what failed has replaced nothing
     assert pack(source(), place, image_size=6, channels=1).part("test").images.shape == (5, 1, 6, 6)
     assert sorted(os.listdir(tmp_path)) == [".packed.lock", "packed"]
+
+
+def test_a_source_that_is_packed_is_not_read(tmp_path):
+    first = pack(source(), tmp_path / "packed", **AS)
+    unread = LateSource("noise", lambda: pytest.fail("read"))
+    assert pack(unread, tmp_path / "packed", **AS).fingerprint == first.fingerprint
+    read = LateSource("noise", lambda: (source().class_names, source().parts))
+    assert pack(read, tmp_path / "elsewhere", **AS).fingerprint == first.fingerprint
 
 
 def test_broken_images_are_named_and_refused_or_left_out_and_recorded(tmp_path):

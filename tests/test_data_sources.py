@@ -5,9 +5,9 @@ import hashlib
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import zlib
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from urllib.error import URLError
@@ -20,7 +20,7 @@ from published import idx, write_idx
 from rediffuse.data.decoding import read, to_square
 from rediffuse.data.packing import pack
 from rediffuse.data.published import read_idx
-from rediffuse.data.sources import Example
+from rediffuse.data.sources import Example, Source
 from rediffuse.data.sources.cifar10 import cifar10
 from rediffuse.data.sources.digits import digits
 from rediffuse.data.sources.emnist import CLASSES, emnist
@@ -366,7 +366,20 @@ class TestPublished:
         (place / "data_batch_1").write_bytes(pickle.dumps({"data": "something else"}))
         monkeypatch.setattr(CIFAR10, "download", lambda self: None)
         with pytest.raises(DataError, match="cifar-10-batches-py lacks files"):
-            cifar10(root=tmp_path)
+            assert cifar10(root=tmp_path).parts
+
+    def test_nothing_is_read_before_images_are_asked_for(self, tmp_path, monkeypatch):
+        for module in ("sklearn.datasets", "torchvision.datasets"):
+            monkeypatch.setitem(sys.modules, module, None)  # cannot be imported
+        (tmp_path / "cifar-10-batches-py").mkdir()
+        write_idx(tmp_path / "MNIST" / "raw", "train", np.zeros((2, 4, 4)), np.zeros(2))
+        for part in (tmp_path / "MNIST" / "raw").iterdir():
+            part.write_bytes(b"rubbish")
+        for source in (digits(), mnist(root=tmp_path), cifar10(root=tmp_path)):
+            assert source.identity
+            for what in ("parts", "class_names"):
+                with pytest.raises((ImportError, DataError)):
+                    getattr(source, what)
 
     def test_digits_are_all_there_once_with_a_fixed_fifth_for_test(self):
         from sklearn.datasets import load_digits
@@ -393,7 +406,8 @@ class TestRealData:
         assert round(train.images.mean() / 255, 4) == 0.1307
         assert round(train.images.std() / 255, 4) == 0.3081
 
-        packed = pack(replace(source, parts={"test": test}), tmp_path, image_size=28, channels=1)
+        tests = Source(source.class_names, {"test": test}, source.identity)
+        packed = pack(tests, tmp_path, image_size=28, channels=1)
         part = packed.part("test")
         assert part.images.shape == (10_000, 1, 28, 28)
         assert np.array_equal(part.images[:, 0], test.images)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rediffuse.data.sources import ArrayExamples, Source, identity_of
+from rediffuse.data.sources import ArrayExamples, Found, LateSource, Source, identity_of
 from rediffuse.errors import DataError
 
 MAX_IDX_BYTES = 2**30
@@ -33,41 +33,57 @@ def idx_source(
     They are downloaded if there are none to train on; a part other than "train" may be missing.
 
     Raises:
-        DataError: if the files are missing and cannot be downloaded, or are damaged.
+        DataError: if the files are missing and cannot be downloaded; on reading, if they are
+            damaged.
     """
     folder = folder.expanduser()  # as torchvision does
     if not _all_found(folder, files["train"]):
         _fetch(download, folder, [name for pair in files.values() for name in pair])
     found = {part: paths for part, pair in files.items() if (paths := _all_found(folder, pair))}
-    parts = {
-        part: ArrayExamples(*adapt(*_images_and_labels(*paths)), part)
-        for part, paths in found.items()
-    }
     used = [(path.name, path) for paths in found.values() for path in paths]
-    return Source(class_names, parts, identity_of(used, *class_names))
+
+    def read() -> Found:
+        return class_names, {
+            part: ArrayExamples(*adapt(*_images_and_labels(*paths)), part)
+            for part, paths in found.items()
+        }
+
+    return LateSource(identity_of(used, *class_names), read)
 
 
-def cifar_source(data_set: Any, root: str | Path) -> Source:
-    """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision's class.
+def cifar_source(base_folder: str, torchvisions: Callable[[], Any], root: str | Path) -> Source:
+    """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision's class, which takes seconds.
 
     Their files are pickles, which can hold code; torchvision opens only those of the published MD5.
 
     Raises:
-        DataError: if the files are missing or damaged and cannot be downloaded.
+        DataError: if the files are missing and cannot be downloaded; on reading, if they are
+            damaged and cannot be downloaded anew.
     """
-    folder = Path(root).expanduser() / data_set.base_folder
-    try:
-        train = data_set(root, train=True)
-    except RuntimeError:
+    folder = Path(root).expanduser() / base_folder
+
+    def fetch() -> None:
+        data_set = torchvisions()
         names = [name for name, _ in (*data_set.train_list, *data_set.test_list)]
         _fetch(lambda: data_set(root, download=True), folder, [*names, data_set.meta["filename"]])
-        train = data_set(root, train=True)
-    parts = {
-        part: ArrayExamples(found.data, np.asarray(found.targets), part)
-        for part, found in (("train", train), ("test", data_set(root, train=False)))
-    }
+
+    def read() -> Found:
+        data_set = torchvisions()
+        try:
+            train = data_set(root, train=True)
+        except RuntimeError:
+            fetch()
+            train = data_set(root, train=True)
+        both = {"train": train, "test": data_set(root, train=False)}
+        return tuple(train.classes), {
+            part: ArrayExamples(found.data, np.asarray(found.targets), part)
+            for part, found in both.items()
+        }
+
+    if not folder.is_dir():
+        fetch()
     files = [(path.name, path) for path in sorted(folder.iterdir())]
-    return Source(tuple(train.classes), parts, identity_of(files))
+    return LateSource(identity_of(files), read)
 
 
 def read_idx(path: Path) -> np.ndarray:

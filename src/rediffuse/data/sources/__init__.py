@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -55,6 +56,33 @@ class Source:
     class_names: tuple[str, ...]
     parts: Mapping[str, Examples]
     identity: str
+
+
+Found = tuple[tuple[str, ...], Mapping[str, Examples]]
+"""The names of classes, and images by part."""
+
+
+class LateSource(Source):
+    """A source that is read when its classes or images are asked for: not where they are packed."""
+
+    def __init__(self, identity: str, read: Callable[[], Found]) -> None:
+        object.__setattr__(self, "identity", identity)
+        object.__setattr__(self, "_read", read)
+
+    @cached_property
+    def _found(self) -> Found:
+        read: Callable[[], Found] = self.__dict__["_read"]
+        return read()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Read now, if nobody asked before; so are the parts."""
+        return self._found[0]
+
+    @property
+    def parts(self) -> Mapping[str, Examples]:
+        """Raise what reading raises."""
+        return self._found[1]
 
 
 @dataclass(frozen=True)

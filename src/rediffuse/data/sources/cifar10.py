@@ -12,8 +12,12 @@ def cifar10(*, root: str | Path = "datasets") -> Source:
     They lie in `<root>/cifar-10-batches-py`.
 
     Raises:
-        DataError: if the files are missing or damaged and cannot be downloaded.
+        DataError: if the files are missing and cannot be downloaded.
     """
+    return cifar_source("cifar-10-batches-py", _torchvisions, root)
+
+
+def _torchvisions() -> object:
     from torchvision.datasets import CIFAR10
 
-    return cifar_source(CIFAR10, root)
+    return CIFAR10

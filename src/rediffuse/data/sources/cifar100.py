@@ -12,8 +12,12 @@ def cifar100(*, root: str | Path = "datasets") -> Source:
     They lie in `<root>/cifar-100-python`.
 
     Raises:
-        DataError: if the files are missing or damaged and cannot be downloaded.
+        DataError: if the files are missing and cannot be downloaded.
     """
+    return cifar_source("cifar-100-python", _torchvisions, root)
+
+
+def _torchvisions() -> object:
     from torchvision.datasets import CIFAR100
 
-    return cifar_source(CIFAR100, root)
+    return CIFAR100

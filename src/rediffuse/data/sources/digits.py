@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rediffuse.data.sources import ArrayExamples, Source
+from rediffuse.data.sources import ArrayExamples, Found, LateSource, Source
 from rediffuse.data.splits import split
 
 
@@ -11,10 +11,15 @@ def digits() -> Source:
 
     A fixed fifth is the test part: scikit-learn ships none.
     """
-    from sklearn.datasets import load_digits
+    return LateSource("scikit-learn digits, a fifth for test", _read)
+
+
+def _read() -> Found:
+    from sklearn.datasets import load_digits  # which takes a second or two
 
     bunch = load_digits()
     images = (bunch.images * (255 / 16)).round().astype(np.uint8)  # levels 0 .. 16
     rows = dict(zip(("train", "test"), split(len(images), 0.2), strict=True))
-    parts = {part: ArrayExamples(images[at], bunch.target[at], part) for part, at in rows.items()}
-    return Source(tuple("0123456789"), parts, "scikit-learn digits, a fifth for test")
+    return tuple("0123456789"), {
+        part: ArrayExamples(images[at], bunch.target[at], part) for part, at in rows.items()
+    }
