@@ -49,6 +49,22 @@ def test_the_engine_and_the_metrics_import_with_torch_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_nothing_slow_is_imported_before_it_is_needed() -> None:
+    code = (
+        "import sys\n"
+        "import rediffuse.overview\n"
+        "assert not {'torch', 'hydra'} & {*sys.modules}, 'runs and show'\n"
+        "from rediffuse import build, gallery\n"
+        "from rediffuse.config.compose import compose\n"
+        "network = build.empty_network(compose([]), 10)\n"
+        "assert all(p.is_meta for p in network.parameters())\n"
+        "slow = {'torch._dynamo', 'sympy', 'sklearn', 'torchvision', 'mlflow'} & {*sys.modules}\n"
+        "assert not slow, f'sample: {slow}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nobody_touches_torchs_generator_but_the_keyed_scope() -> None:
     pattern = re.compile(r"manual_seed\(|np\.random\.seed\(|random\.seed\(")
     assert {f.name for f in SOURCES if pattern.search(f.read_text())} == {"randomness.py"}

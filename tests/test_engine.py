@@ -20,7 +20,7 @@ from rediffuse.errors import CheckpointError, TrainingError
 from rediffuse.schedules import discrete
 from rediffuse.targets import eps
 from rediffuse.times import uniform_steps
-from rediffuse.training import checkpoint, hooks, rates
+from rediffuse.training import checkpoint, committed, hooks, rates
 from rediffuse.training.average import Average
 from rediffuse.training.devices import Devices
 from rediffuse.training.loop import DONE, every, train
@@ -295,12 +295,12 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
         "lose": target.unlink,
     }[damage]()
     told: list[str] = []
-    assert checkpoint.newest(tmp_path, told.append) == older
+    assert committed.newest(tmp_path, told.append) == older
     assert target.name in told[0]
-    assert [c.name for c in checkpoint.checkpoints(tmp_path)] == [older.name]
+    assert [c.name for c in committed.checkpoints(tmp_path)] == [older.name]
     (older / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies"):
-        checkpoint.newest(tmp_path)
+        committed.newest(tmp_path)
 
 
 def save_as(state: TrainState, folder: Path, step: int) -> Path:
@@ -313,19 +313,19 @@ def test_retention_keeps_the_newest_and_the_best_by_the_metric_asked_for(tmp_pat
     for step, loss in enumerate([0.5, 0.1, math.nan, 0.3, 0.2]):
         state.metrics = {"validation/loss": loss, "loss": -loss}
         save_as(state, tmp_path, step)
-        checkpoint.retain(tmp_path, 2)
-    kept = [int(c.name[5:]) for c in checkpoint.checkpoints(tmp_path)]
+        committed.retain(tmp_path, 2)
+    kept = [int(c.name[5:]) for c in committed.checkpoints(tmp_path)]
     assert kept == [1, 3, 4]
-    assert checkpoint.best(tmp_path) == tmp_path / "step-00000001"
-    assert checkpoint.best(tmp_path, "loss") == tmp_path / "step-00000003"
-    assert checkpoint.best(tmp_path, "epoch/loss") is None
+    assert committed.best(tmp_path) == tmp_path / "step-00000001"
+    assert committed.best(tmp_path, "loss") == tmp_path / "step-00000003"
+    assert committed.best(tmp_path, "epoch/loss") is None
 
 
 def test_retention_keeps_the_first_after_every_multiple(tmp_path: Path) -> None:
     for step in range(12):
         save_as(fresh(), tmp_path, step)
-        checkpoint.retain(tmp_path, 1, every_images=4 * SIZE)
-    assert [int(c.name[5:]) for c in checkpoint.checkpoints(tmp_path)] == [4, 8, 11]
+        committed.retain(tmp_path, 1, every_images=4 * SIZE)
+    assert [int(c.name[5:]) for c in committed.checkpoints(tmp_path)] == [4, 8, 11]
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
@@ -337,7 +337,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
     def full(file: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(committed, "_write", full)
     wanted = r"No space left on device \([\d,]+ bytes needed, [\d,]+ free\); the one before"
     with pytest.raises(TrainingError, match=wanted):
         save_as(state, tmp_path, 2)

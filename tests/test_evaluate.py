@@ -26,7 +26,7 @@ from rediffuse.evaluation.measures import MEASURE
 from rediffuse.gallery import Options
 from rediffuse.judging import in_chunks, rows_of_classes
 from rediffuse.reading import read_object
-from rediffuse.training import checkpoint
+from rediffuse.training import committed
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +422,6 @@ def test_a_proxy_changes_no_weight_and_can_choose_the_best(
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     measured = {r["images"]: r["proxy/fd_classifier_24"] for r in rows if "proxy" in str(r)}
     assert sorted(measured) == [96, 192]
-    best = checkpoint.best(run.checkpoints, "proxy/fd_classifier_24")
+    best = committed.best(run.checkpoints, "proxy/fd_classifier_24")
     assert best
-    assert checkpoint.facts(best)["metrics"]["proxy/fd_classifier_24"] == min(measured.values())
+    assert committed.facts(best)["metrics"]["proxy/fd_classifier_24"] == min(measured.values())

@@ -16,8 +16,10 @@ from functools import partial
 from types import ModuleType
 from typing import Any, get_args
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from rediffuse.config.schema import Config, Part
 from rediffuse.data.pixels import pixel_range
@@ -110,6 +112,28 @@ def network(config: Config, num_classes: int, trusted: Sequence[str] | None = No
         null_class=num_classes > 0 and config.training.label_dropout > 0,
     )
     return built
+
+
+def empty_network(
+    config: Config, num_classes: int, trusted: Sequence[str] | None = None
+) -> nn.Module:
+    """The same network on torch's device "meta": shapes that take neither memory nor time."""
+    with torch.device("meta"), _Unfilled():
+        return network(config, num_classes, trusted)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Nothing is drawn for first weights.
+
+    Normal ones of "meta" would have torch import its compiler: a second or two (torch 2.15).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def denoiser(config: Config, net: nn.Module, trusted: Sequence[str] | None = None) -> Denoiser:

@@ -40,7 +40,7 @@ from rediffuse.session import (
 from rediffuse.tracking import mlflow, tensorboard
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import in_one_line, redacted
-from rediffuse.training import checkpoint, hooks, memory
+from rediffuse.training import checkpoint, committed, hooks, memory
 from rediffuse.training.average import Average
 from rediffuse.training.compiling import Trial, compile_network, compile_noise, trial
 from rediffuse.training.devices import (
@@ -125,7 +125,7 @@ def resume(
     state, recipe = fresh(config, images, devices, trusted)
     with closing(hooks.Interrupts()) as interrupts, _writing(run, devices):
         record = run.read()
-        if newest := checkpoint.newest(run.checkpoints, say):
+        if newest := committed.newest(run.checkpoints, say):
             checkpoint.load_checkpoint(state, newest)
         elif record.images_seen:
             raise RunError(

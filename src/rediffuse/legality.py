@@ -31,8 +31,7 @@ def check(config: Config, trusted: Sequence[str] | None = None) -> None:
     """
     of = partial(build.bind, trusted=trusted)
     to_model(torch.zeros(1, config.data.channels, 1, 1, dtype=torch.uint8), *_levels(config))
-    with torch.device("meta"):
-        network = build.network(config, num_classes=2, trusted=trusted)
+    network = build.empty_network(config, num_classes=2, trusted=trusted)
     clock = build.schedule(config, trusted)
     check_target(of("target", config.target, "target"), clock, config.target.name)
     _check_input_scale(config, clock)

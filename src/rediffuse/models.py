@@ -17,7 +17,7 @@ from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingErr
 from rediffuse.networks.replay import Replay
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
-from rediffuse.training import checkpoint
+from rediffuse.training import checkpoint, committed
 from rediffuse.training.compiling import compile_network, try_compiler
 from rediffuse.training.devices import (
     PRECISIONS,
@@ -102,9 +102,9 @@ def load(
         "run": run.id,
         "checkpoint": chosen.name,
         "weights": weights,
-        "digest": checkpoint.digest_of_weights(chosen, weights)[:16],
+        "digest": committed.digest_of_weights(chosen, weights)[:16],
     }
-    precision, seen = _precision(config, chosen_device), checkpoint.facts(chosen)["images_seen"]
+    precision, seen = _precision(config, chosen_device), committed.facts(chosen)["images_seen"]
     return Model(
         config,
         denoiser,
@@ -145,8 +145,7 @@ def _check_size(
     config: Config, num_classes: int, chosen: Path, trusted: Sequence[str] | None
 ) -> None:
     """Refuse a network that its checkpoint cannot fill before memory is taken for it."""
-    with torch.device("meta"):
-        wanted = build.network(config, num_classes, trusted).state_dict()
+    wanted = build.empty_network(config, num_classes, trusted).state_dict()
     needed, kept = sum(t.nbytes for t in wanted.values()), chosen / "model.safetensors"
     kept = kept if kept.is_file() else chosen / "average.safetensors"  # `copy_for_sampling`
     if kept.is_file() and needed > kept.stat().st_size:
@@ -180,15 +179,15 @@ def _checkpoint(run: Run, which: str, metric: str) -> Path:
     """Latest, best by a metric, or the step of that number."""
     if which == "latest":
         broken: list[str] = []
-        found = checkpoint.newest(run.checkpoints, broken.append, set_aside=False)
+        found = committed.newest(run.checkpoints, broken.append, set_aside=False)
         for line in broken:  # where none verifies, the refusal says it all
             tell(line, sys.stderr)
     elif which == "best":
-        found = checkpoint.best(run.checkpoints, metric)
+        found = committed.best(run.checkpoints, metric)
     else:
         number = which.removeprefix("step-").lstrip("0") or "0"
         found = run.checkpoints / f"step-{number:>08}"
-    there = checkpoint.checkpoints(run.checkpoints)
+    there = committed.checkpoints(run.checkpoints)
     if found not in there or found is None:
         names = ", ".join(c.name for c in there) or "none yet"
         raise CheckpointError(f"run {run.id} has no checkpoint {which[:200]!r}; it has {names}")

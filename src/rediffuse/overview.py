@@ -12,7 +12,7 @@ from rediffuse.errors import RediffuseError
 from rediffuse.reading import read_object
 from rediffuse.runs import Run, last_heard, status_now
 from rediffuse.tracking.jsonl import read_metrics
-from rediffuse.training.checkpoint import best, checkpoints
+from rediffuse.training.committed import best, checkpoints
 
 
 def brief(run: Run) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def plan(
 
 def forward_flops(config: Config, num_classes: int, trusted: Sequence[str] | None = None) -> int:
     """FLOPs of the network for one image, 2 for a multiplication with its addition."""
+    network = build.empty_network(config, num_classes, trusted).eval()
     with torch.device("meta"):
-        network = build.network(config, num_classes, trusted).eval()
         size, channels = config.data.image_size, config.data.channels
         x = torch.empty(1, channels * (2 if config.training.self_conditioning else 1), size, size)
         cond = torch.zeros(1, dtype=torch.int64) if num_classes else None

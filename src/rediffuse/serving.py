@@ -21,7 +21,7 @@ from rediffuse.gallery import Options, wanted
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, load
 from rediffuse.runs import Run
-from rediffuse.training import checkpoint
+from rediffuse.training import committed
 
 MOST_IMAGES = 4096
 """In one request, whose answer is one JSON."""
@@ -33,14 +33,14 @@ def export(directory: Path, folder: Path) -> dict[str, Any] | None:
     None if the run has no checkpoint.
     """
     run = Run(directory)
-    newest = checkpoint.newest(run.checkpoints, set_aside=False)
+    newest = committed.newest(run.checkpoints, set_aside=False)
     if newest is None:
         return None
     slim = Run(folder / run.id)
     slim.checkpoints.mkdir(parents=True)
     for file in (run.config, run.environment):
         shutil.copyfile(file, slim.directory / file.name)
-    checkpoint.copy_for_sampling(newest, slim.checkpoints)
+    committed.copy_for_sampling(newest, slim.checkpoints)
     return left_open(checked(read_yaml(run.config)).sampling)
 
 

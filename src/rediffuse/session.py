@@ -31,7 +31,7 @@ from rediffuse.tracking.journal import Journal, replay
 from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
 from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker
-from rediffuse.training import checkpoint, hooks
+from rediffuse.training import checkpoint, committed, hooks
 from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
@@ -150,7 +150,7 @@ class Session:
 
         def commit() -> None:
             checkpoint.write(saved, self.run.checkpoints)
-            checkpoint.retain(
+            committed.retain(
                 self.run.checkpoints,
                 training.keep_checkpoints,
                 every_images=training.keep_every_images,
@@ -238,7 +238,7 @@ class Session:
         self._console.close()
         self._write_epochs()
         self.run.update(status=status)
-        newest = checkpoint.checkpoints(self.run.checkpoints)[-1:]
+        newest = committed.checkpoints(self.run.checkpoints)[-1:]
         weights = [c / "average.safetensors" for c in newest if status == "FINISHED"]
         for file in (self.run.config, self.run.environment, self.run.epochs, *weights):
             if file.exists():

@@ -25,7 +25,7 @@ from faults_harness import Done, Zygote
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rediffuse.training.checkpoint import FORMAT
+from rediffuse.training.committed import FORMAT
 
 # Child processes: 2 GiB beyond what imports take, and seconds of computing: five on a quiet
 # machine, of which the limit leaves out those that a busy one makes of them.

@@ -15,7 +15,7 @@ from faults_harness import Done, Zygote
 from faults_runs import status
 
 from rediffuse.errors import CheckpointError
-from rediffuse.training.checkpoint import checkpoints, newest, verify
+from rediffuse.training.committed import checkpoints, newest, verify
 
 FILES = (
     "model.safetensors",
@@ -236,13 +236,13 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_from_zero(
 
 
 GOES = """
-from rediffuse.training import checkpoint
-verify = checkpoint.verify
+from rediffuse.training import committed
+verify = committed.verify
 def goes(at, *rest, **more):
     if at.name == "step-00000004" and at.exists():
         at.rename(at.with_name(".trash-step-00000004"))
     return verify(at, *rest, **more)
-checkpoint.verify = goes
+committed.verify = goes
 """
 
 

@@ -11,7 +11,7 @@ from cli import TINY, run_id
 from faults_harness import Done, Zygote
 from faults_runs import rows, runs_in, status
 
-from rediffuse.training.checkpoint import checkpoints, verify
+from rediffuse.training.committed import checkpoints, verify
 
 WORDS = (
     *TINY,

@@ -11,7 +11,7 @@ from faults_runs import rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rediffuse.training.checkpoint import checkpoints
+from rediffuse.training.committed import checkpoints
 
 # 12 steps over an epoch of 216; every stop is in mid-epoch, and 432 is where nothing else happens.
 WORDS = (

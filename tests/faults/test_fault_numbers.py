@@ -10,7 +10,7 @@ from faults_harness import Zygote
 from faults_runs import rows, runs_in, status
 from safetensors.torch import load_file
 
-from rediffuse.training.checkpoint import checkpoints, verify
+from rediffuse.training.committed import checkpoints, verify
 
 SIZE = 48
 WORDS = (

@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rediffuse import build, drift, overview
 from rediffuse.config.compose import leaves
 from rediffuse.config.schema import Config
@@ -139,8 +137,7 @@ def _header(
 
 def _parameters(config: Config, classes: int, trust: Sequence[str]) -> int | None:
     try:
-        with torch.device("meta"):
-            network = build.network(config, classes, trust)
+        network = build.empty_network(config, classes, trust)
     except RediffuseError:
         return None
     return sum(weight.numel() for weight in network.parameters())

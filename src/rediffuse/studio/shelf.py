@@ -12,7 +12,7 @@ from rediffuse.report import curves, images
 from rediffuse.report.page import Section
 from rediffuse.runs import Run, find_run, list_runs, status_now
 from rediffuse.tracking.jsonl import read_metrics
-from rediffuse.training.checkpoint import best, checkpoints, facts
+from rediffuse.training.committed import best, checkpoints, facts
 
 Choice = tuple[str, str]
 """What a list shows, and what it stands for."""

@@ -1,26 +1,13 @@
-"""Checkpoints: safetensors and JSON, committed by one rename.
+"""Checkpoints: a whole training state as safetensors and JSON, and back.
 
-    checkpoints/step-00012000/   named by optimizer steps
-        model.safetensors  average.safetensors  optimizer.safetensors  state.json
-        learned.safetensors      of a schedule, weighting or times that learn
-        manifest.json            sizes and SHA-256 of the others, written last
-
-A folder without a manifest that verifies is not a checkpoint.
+How their files are committed, verified and found is told in `rediffuse.training.committed`.
 """
 
-import hashlib
-import json
-import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count as counting
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,14 +15,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rediffuse.errors import CheckpointError, TrainingError
-from rediffuse.reading import read_bytes
 from rediffuse.tensors import FETCHING
+from rediffuse.training.committed import (
+    LEARNED,
+    SKIPPED,
+    STATE,
+    WEIGHTS,
+    commit,
+    facts,
+    json_bytes,
+    verify,
+)
 from rediffuse.training.state import Sums, TrainState, UsualLoss
 
-FORMAT = 2
-_MANIFEST, _STATE, _LEARNED = "manifest.json", "state.json", "learned.safetensors"
-_WEIGHTS = {"model.safetensors", "average.safetensors"}
-_MANIFEST_BYTES, _HEADER_BYTES = 1_000_000, 10_000_000  # a tensor's name takes a hundred or two
+_HEADER_BYTES = 10_000_000  # a tensor's name takes a hundred or two
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def snapshot(state: TrainState) -> Snapshot:
     if state.average:
         there["average.safetensors"] = state.average.network.state_dict()
     if state.learned:
-        there[_LEARNED] = state.learned.state_dict()
+        there[LEARNED] = state.learned.state_dict()
     copies = [_copied(named) for named in there.values()]
     tensors = dict(zip(there, copies, strict=True))  # a GPU may still be filling them
     for file, named in there.items():
@@ -78,36 +71,25 @@ def snapshot(state: TrainState) -> Snapshot:
             )
     facts = {
         **{name: getattr(state, name) for name in _COUNTERS},
-        **{name: getattr(state, name).item() for name in _SKIPPED},
+        **{name: getattr(state, name).item() for name in SKIPPED},
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "since_log": state.since_log.as_json(),
         "this_epoch": state.this_epoch.as_json(),
         "usual_loss": state.usual_loss.as_json(),
     }
-    return Snapshot(state.step, state.images_seen, tensors, _json(facts))
+    return Snapshot(state.step, state.images_seen, tensors, json_bytes(facts))
 
 
 def write(saved: Snapshot, folder: Path) -> Path:
-    """Write a checkpoint below `folder`; it is there completely or not at all.
-
-    The file protocol (Pillai et al. 2014): unique temporary directory beside the final place, every
-    file synced, manifest last, one rename, parent synced.
+    """Write a checkpoint below `folder`; it is there completely or not at all (`commit`).
 
     Raises:
         TrainingError: if there is no room for it, or the folder cannot be written.
     """
-    needed = saved.bytes_needed
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError("No space left on device")
-        return _commit(saved, folder)
-    except OSError as failed:
-        raise TrainingError(
-            f"no checkpoint could be written in {folder}: {failed.strerror or failed} ({needed:,} "
-            f"bytes needed, {_free(folder)} free); the one before is untouched"
-        ) from failed
+    files: dict[str, Callable[[], bytes]] = {
+        name: partial(save, tensors) for name, tensors in saved.tensors.items()
+    }
+    return commit(folder, saved.step, {**files, STATE: lambda: saved.state}, saved.bytes_needed)
 
 
 def save_checkpoint(state: TrainState, folder: Path) -> Path:
@@ -150,13 +132,13 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     if state.average and (checkpoint / "average.safetensors").exists():
         _load_module(state.average.network, checkpoint / "average.safetensors")
     if state.learned:
-        _load_module(state.learned, checkpoint / _LEARNED)
+        _load_module(state.learned, checkpoint / LEARNED)
     _load_optimizer(state, _tensors(checkpoint / "optimizer.safetensors"))
     if state.scaler and saved["scaler"]:
         state.scaler.load_state_dict(saved["scaler"])
     for name in _COUNTERS:
         setattr(state, name, saved[name])
-    for name in _SKIPPED:
+    for name in SKIPPED:
         setattr(state, name, torch.tensor(saved[name]))
     state.since_log = Sums.from_json(saved["since_log"])
     state.this_epoch = Sums.from_json(saved["this_epoch"])
@@ -170,26 +152,11 @@ def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average")
         CheckpointError: if the checkpoint does not verify, does not fit, or has no average.
     """
     verify(checkpoint)
-    file = _FILES_OF_WEIGHTS[weights]
+    file = WEIGHTS[weights]
     if not (checkpoint / file).exists():
         raise CheckpointError(f"{checkpoint} keeps no average; use --weights raw")
     _load_module(network, checkpoint / file)
     return weights
-
-
-_FILES_OF_WEIGHTS = {"average": "average.safetensors", "raw": "model.safetensors"}
-
-
-def digest_of_weights(checkpoint: Path, weights: str) -> str:
-    """The SHA-256 that the manifest gives to the file of these weights.
-
-    Raises:
-        CheckpointError: if there is no such file.
-    """
-    try:
-        return str(_manifest(checkpoint)[_FILES_OF_WEIGHTS[weights]]["sha256"])
-    except KeyError:
-        raise CheckpointError(f"{checkpoint} keeps no {weights} weights") from None
 
 
 def load_schedule(schedule: nn.Module, checkpoint: Path) -> None:
@@ -198,198 +165,10 @@ def load_schedule(schedule: nn.Module, checkpoint: Path) -> None:
     Raises:
         CheckpointError: if the checkpoint keeps none, or another one.
     """
-    _load_module(schedule, checkpoint / _LEARNED, "schedule.")
+    _load_module(schedule, checkpoint / LEARNED, "schedule.")
 
 
-def copy_for_sampling(checkpoint: Path, folder: Path) -> Path:
-    """Copy the average, or the weights where none is kept, and what was learned beside them.
-
-    Raises:
-        CheckpointError: if what was copied does not verify.
-    """
-    files = _manifest(checkpoint)
-    weights = "average.safetensors" if "average.safetensors" in files else "model.safetensors"
-    kept = {name: files[name] for name in (weights, _LEARNED, _STATE) if name in files}
-    copy = folder / checkpoint.name
-    copy.mkdir()
-    for name in kept:
-        shutil.copyfile(checkpoint / name, copy / name)
-    _write(copy / _MANIFEST, _json({"format": FORMAT, "files": kept}))
-    verify(copy)
-    return copy
-
-
-def newest(
-    folder: Path, tell: Callable[[str], None] = lambda line: None, *, set_aside: bool = True
-) -> Path | None:
-    """The newest checkpoint that verifies, or None if there never was one.
-
-    Broken ones are named, and set aside by whoever may write the run.
-
-    Raises:
-        CheckpointError: if there are checkpoints and none of them verifies.
-    """
-    tried = []
-    for checkpoint in reversed(checkpoints(folder)):
-        try:
-            verify(checkpoint)
-        except CheckpointError as refused:
-            tried.append(str(refused))
-            moved = f"set aside as {_set_aside(checkpoint).name}, " if set_aside else ""
-            tell(f"{refused}; {moved}trying the one before")
-        else:
-            return checkpoint
-    aside = [f"{c.name} was set aside" for c in sorted(folder.glob("step-*.corrupt*"))]
-    if tried or aside:
-        raise CheckpointError(
-            f"no checkpoint in {folder} verifies ({'; '.join(tried or aside)}); put one of them "
-            "back from a copy, or start a new run"
-        )
-    return None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Every committed checkpoint, oldest first."""
-    return sorted(c for c in folder.glob("step-*") if c.name[5:].isdecimal() and not c.is_symlink())
-
-
-def facts(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` says: images seen, losses, counters.
-
-    Raises:
-        CheckpointError: if it is not what was written.
-    """
-    expected = _manifest(checkpoint)[_STATE]["sha256"]
-    try:
-        if _sha256(checkpoint / _STATE) == expected:
-            read: dict[str, Any] = json.loads((checkpoint / _STATE).read_bytes())
-            counted = (read[name] for name in ("images_seen", "step", *_SKIPPED))
-            if all(type(n) is int and n >= 0 for n in counted):
-                return {**read}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise CheckpointError(f"{checkpoint.name}: its {_STATE} is damaged")
-
-
-def verify(checkpoint: Path) -> None:
-    """Hold every file to the manifest's size and SHA-256.
-
-    Raises:
-        CheckpointError: naming the file and what is wrong with it.
-    """
-    for name, entry in _manifest(checkpoint).items():
-        file = checkpoint / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{checkpoint.name}: {name} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{checkpoint.name}: {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            )
-        if _sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{checkpoint.name}: {name} is damaged (SHA-256 differs)")
-
-
-def retain(
-    folder: Path, latest: int, *, every_images: int | None = None, metric: str = "validation/loss"
-) -> None:
-    """Remove old checkpoints, once the newest one verifies.
-
-    Kept are the newest `latest`, the one with the lowest `metric`, and the first one after each
-    multiple of `every_images`.
-    """
-    there = checkpoints(folder)
-    verify(there[-1])
-    kept = {*there[-latest:], best(folder, metric)}
-    if every_images:
-        first: dict[int, Path] = {}
-        for checkpoint, saved in _all_facts(folder).items():
-            first.setdefault(saved["images_seen"] // every_images, checkpoint)
-        first.pop(0, None)
-        kept |= set(first.values())
-    for old in there:
-        if old not in kept:
-            doomed = old.with_name(f".trash-{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def best(folder: Path, metric: str = "validation/loss") -> Path | None:
-    """The checkpoint with the lowest of a metric, if any has measured it."""
-    measured = {
-        checkpoint: saved["metrics"].get(metric, math.nan)
-        for checkpoint, saved in _all_facts(folder).items()
-    }
-    return min(
-        (c for c, value in measured.items() if math.isfinite(value)),
-        key=measured.__getitem__,
-        default=None,
-    )
-
-
-def _all_facts(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The facts of every checkpoint whose own are not damaged, oldest first."""
-    known = {}
-    for checkpoint in checkpoints(folder):
-        with suppress(CheckpointError):
-            known[checkpoint] = facts(checkpoint)
-    return known
-
-
-_SKIPPED = ("skipped_steps", "skipped_in_a_row")
 _COUNTERS = ("images_seen", "step", "metrics", "best_loss", "checks_since_best")
-
-
-def _commit(saved: Snapshot, folder: Path) -> Path:
-    final = folder / f"step-{saved.step:08d}"
-    building = Path(tempfile.mkdtemp(prefix=f".building-{saved.step:08d}-", dir=folder))
-    try:
-        building.chmod(0o777 & ~_umask())
-        files = {}
-        for name, tensors in saved.tensors.items():  # one file in memory at a time
-            files[name] = _write(building / name, save(tensors))
-        files[_STATE] = _write(building / _STATE, saved.state)
-        _write(building / _MANIFEST, _json({"format": FORMAT, "files": files}))
-        _sync(building)
-        if final.exists():  # a resumed run walks over the same steps again
-            shutil.rmtree(final)
-        building.rename(final)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return final
-
-
-def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each file; it is itself held to the one way to write it."""
-    try:
-        raw = read_bytes(checkpoint / _MANIFEST, _MANIFEST_BYTES)
-        manifest = json.loads(raw)
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{checkpoint.name}: format {manifest['format']}, but this version reads {FORMAT}"
-            )
-        names = set(manifest["files"])
-        if raw == _json(manifest) and _STATE in names and names & _WEIGHTS:
-            files: dict[str, dict[str, Any]] = manifest["files"]
-            return {name: {"bytes": f["bytes"], "sha256": f["sha256"]} for name, f in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise CheckpointError(f"{checkpoint.name}: its manifest cannot be read")
-
-
-def _set_aside(checkpoint: Path) -> Path:
-    """Rename a broken checkpoint to a name that is free; nothing is ever deleted."""
-    names = (f"{checkpoint.name}.corrupt{number or ''}" for number in counting())
-    aside = next(a for a in map(checkpoint.with_name, names) if not a.exists())
-    return checkpoint.rename(aside)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number"
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -474,35 +253,3 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
         if not flags.all():
             return next(n for n, flag in zip(tensors, found, strict=True) if not flag)
     return None
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
-
-
-def _write(file: Path, data: bytes) -> dict[str, Any]:
-    """Write and sync a file; return what the manifest says of it."""
-    with file.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
