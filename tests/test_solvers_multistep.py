@@ -34,6 +34,8 @@ from rediffuse.solvers.lms import lms
 from rediffuse.solvers.pndm import pndm
 from rediffuse.solvers.unipc import unipc
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # test_solver_contract.py checks shapes
+
 plms = partial(pndm, runge_kutta=False)
 dpmpp_3m_exact = partial(dpmpp_3m, exact=True)
 DETERMINISTIC = {

@@ -39,6 +39,8 @@ from rediffuse.solvers.euler_maruyama import euler_maruyama
 from rediffuse.solvers.midpoint import midpoint
 from rediffuse.solvers.predictor_corrector import predictor_corrector
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # test_solver_contract.py checks shapes
+
 dpmpp_sde_of_0 = partial(dpmpp_sde, eta=0.0)
 precise = partial(adaptive, rtol=1e-6, atol=1e-6)
 
