@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import TINY, rediffuse, run_id
+
+LAUNCH = (
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    *("-m", "rediffuse"),
+)
 
 
 @pytest.mark.slow
@@ -19,6 +27,51 @@ def test_two_processes_train_as_one_up_to_rounding(tmp_path: Path) -> None:
     run_id(rediffuse(*words, root=alone))
     in_two(*words, root=together)
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)  # sums are in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["0", "1"])
+def test_a_signal_that_one_of_two_processes_gets_ends_both_with_a_checkpoint(
+    tmp_path: Path, told: str
+) -> None:
+    words = ["train", *TINY, "training.images=480000", "device=cpu", "training.previews=false"]
+    words += ["training.log_every_images=48", "training.compile=false"]
+    with subprocess.Popen(
+        [*LAUNCH, *words],
+        env={**os.environ, "REDIFFUSE_ROOT": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as launcher:
+        metrics = until(lambda: next(iter(tmp_path.glob("*/metrics.jsonl")), None), launcher)
+        until(lambda: len(metrics.read_text().splitlines()) > 20, launcher)
+        os.kill(worker(launcher.pid, told), signal.SIGTERM)
+        launcher.wait(120)
+    run = metrics.parent
+    record = json.loads((run / "run.json").read_text())
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
+    assert (record["status"], record["images_seen"]) == ("KILLED", seen)
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert last["images"] == seen
+    longer = f"training.images={seen + 48}"
+    rediffuse("resume", run.name, longer, root=tmp_path)
+
+
+def until(found: Callable[[], Any], launcher: subprocess.Popen[bytes]) -> Any:
+    """What is found in the end, as long as somebody is at work."""
+    while not (it := found()):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    return it
+
+
+def worker(launcher: int, rank: str) -> int:
+    """The process of a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (pid,) = (
+        pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()
+    )
+    return int(pid)
 
 
 @pytest.mark.slow
@@ -53,9 +106,8 @@ def first_object(told: str) -> dict[str, Any]:
 
 def in_two(*words: str, root: Path) -> str:
     """What a command prints that two processes work at."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return subprocess.run(
-        [*launch, "-m", "rediffuse", *words],
+        [*LAUNCH, *words],
         env={**os.environ, "REDIFFUSE_ROOT": str(root)},
         check=True,
         capture_output=True,

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def trained(
     config = settled(config, images, devices)
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
-    with closing(hooks.Interrupts()) as interrupts:
+    with closing(hooks.Interrupts(devices)) as interrupts:
         run = _created(config, home, parent, devices, images)
         with _writing(run, devices):
             return run, _go(run, config, images, recipe, state, interrupts, look=look)
@@ -123,7 +123,7 @@ def resume(
     config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
-    with closing(hooks.Interrupts()) as interrupts, _writing(run, devices):
+    with closing(hooks.Interrupts(devices)) as interrupts, _writing(run, devices):
         record = run.read()
         if newest := committed.newest(run.checkpoints, say):
             checkpoint.load_checkpoint(state, newest)
@@ -410,7 +410,7 @@ def _go(
     look: Look = unseen,
 ) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
-    session = Session(run, config, images, recipe, look, interrupts.check)
+    session = Session(run, config, images, recipe, look, interrupts.while_alone)
     try:
         session.begin(state)
         if "tensorboard" in config.tracking.trackers and recipe.devices.is_main:
@@ -435,6 +435,8 @@ def _go(
             f"is untouched: mend that, then rediffuse resume {run.id}"
         ) from failed
     session.farewell(state, reason)
+    with suppress(RuntimeError):  # whoever has died has nothing to wait for
+        recipe.devices.agree("ended")  # a launcher ends everybody once one has left with a code
     return EXIT_CODES[stopped_by.name] if stopped_by else 0
 
 

@@ -145,7 +145,7 @@ def reproduce(
     kept = None
     with (
         Progress(rows[-1]["images"]) as bar,
-        closing(hooks.Interrupts()) as interrupts,
+        closing(hooks.Interrupts(devices)) as interrupts,
         _copied(run, config, now, copy_root or run.directory.parent, keep) as copy,
     ):
         compare = _Comparison(rows, copy)

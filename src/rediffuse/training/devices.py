@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,6 +77,33 @@ class Devices:
             value = box[0]
         assert value is not None
         return value
+
+
+class Ballot:
+    """One number of each rank after every step: all get to know the largest of the step before.
+
+    Every rank makes it at the same point. Numbers go their own way between CPUs, while the next
+    step runs, so that no device is waited for.
+    """
+
+    def __init__(self, devices: Devices) -> None:
+        several = devices.ranks > 1
+        self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
+        self._under_way: tuple[Any, Tensor] | None = None
+
+    def cast(self, number: int) -> int:
+        """The largest number of all ranks' last call; of a single rank, that of this one."""
+        if self._group is None:
+            return number
+        before, largest = self._under_way, torch.tensor([number])
+        work = torch.distributed.all_reduce(
+            largest, torch.distributed.ReduceOp.MAX, self._group, async_op=True
+        )
+        self._under_way = work, largest
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
 
 def choose(device: str = "auto") -> Devices:

@@ -22,6 +22,7 @@ from rediffuse.process import diffuse
 from rediffuse.randomness import Stream, normal, uniform
 from rediffuse.tensors import sent
 from rediffuse.times import LossAware
+from rediffuse.training.devices import Ballot, Devices
 from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.state import Sums, TrainState
 from rediffuse.training.step import Recipe
@@ -286,20 +287,23 @@ PROFILED = range(5, 10)
 class Interrupts:
     """SIGINT and SIGTERM end training after the step they meet; a second one ends it at once.
 
-    What takes long beside a step asks `check` now and then.
+    Several ranks, which signals meet at different steps, end together one step later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Devices) -> None:
         self.received: signal.Signals | None = None
+        self._alone, self._ballot = devices.ranks == 1, Ballot(devices)
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
         """Stop if a signal has come."""
-        self.check()
+        if number := self._ballot.cast(self.received or 0):
+            self.received = signal.Signals(number)
+            raise Stop(f"{self.received.name} received")
 
-    def check(self) -> None:
-        """Raise a Stop if a signal has come."""
-        if self.received:
+    def while_alone(self) -> None:
+        """Stop in the middle of something, if a signal has come and no other rank waits for it."""
+        if self.received and self._alone:
             raise Stop(f"{self.received.name} received")
 
     def close(self) -> None:
