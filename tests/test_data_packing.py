@@ -114,6 +114,10 @@ def test_a_source_that_is_packed_is_not_read(tmp_path):
     assert pack(unread, tmp_path / "packed", **AS).fingerprint == first.fingerprint
     read = LateSource("noise", lambda: (source().class_names, source().parts))
     assert pack(read, tmp_path / "elsewhere", **AS).fingerprint == first.fingerprint
+    unreadable = LateSource("lost", lambda: (tmp_path / "lost.npy").read_bytes())
+    with pytest.raises(DataError, match=r"images cannot be read: .*lost\.npy"):
+        pack(unreadable, tmp_path / "packed", **AS)
+    assert open_packed(tmp_path / "packed").fingerprint == first.fingerprint
 
 
 def test_broken_images_are_named_and_refused_or_left_out_and_recorded(tmp_path):

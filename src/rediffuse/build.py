@@ -123,15 +123,15 @@ def empty_network(
 
 
 class _Unfilled(TorchFunctionMode):
-    """Nothing is drawn for first weights.
+    """Leave tensors as they are that would be filled with first weights.
 
-    Normal ones of "meta" would have torch import its compiler: a second or two (torch 2.15).
+    Normal ones on "meta" have torch import its compiler: a second or two (torch 2.15).
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from rediffuse import build, tables
 from rediffuse.config.schema import Data
 from rediffuse.data.packing import Packed
-from rediffuse.data.sources import Source
+from rediffuse.data.sources import AnySource
 from rediffuse.data.sources.folder import Files
 from rediffuse.errors import DataError
 from rediffuse.evaluation.duplicates import QUALITY, SHIFT, Found, Group, find, rounds
@@ -62,7 +62,7 @@ def duplicates(
     return 0
 
 
-def placed(images: Images, source: Source) -> list[Place]:
+def placed(images: Images, source: AnySource) -> list[Place]:
     """Every image of a packed data set, in the order of its parts."""
     places = []
     held_out = {*images.held_out_rows.tolist()}
@@ -104,7 +104,7 @@ def _leaks(uses: Sequence[str]) -> bool:
     return "train" in uses and len(uses) > 1
 
 
-def _names(source: Source, packed: Packed, part: str) -> list[str]:
+def _names(source: AnySource, packed: Packed, part: str) -> list[str]:
     """A name for every packed image: its file's, where the source has files."""
     examples, facts = source.parts[part], packed.facts["parts"][part]
     if not isinstance(examples, Files):

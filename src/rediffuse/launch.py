@@ -417,12 +417,13 @@ def _go(
             _draw_graph(run, config, images, recipe.devices, trusted)
         batches = batches_of(config, images, recipe.devices).since(state.images_seen)
         steps = session.watched(batches)
-        reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
-        session.save(state)
-        session.saved()
         try:
-            session.last_preview(state)
-        except Stop as stop:
+            session.owed_preview(state)
+            reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
+            session.save(state)
+            session.saved()
+            session.final_preview(state)
+        except Stop as stop:  # of a preview that is not drawn to its end
             reason = str(stop)
         stopped_by = interrupts.received
         session.end(state, "KILLED" if stopped_by else "FINISHED")

@@ -32,7 +32,7 @@ from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomi
 from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker
 from rediffuse.training import checkpoint, committed, hooks
-from rediffuse.training.loop import Hook, Stop, every
+from rediffuse.training.loop import Hook, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
 from rediffuse.words import tell
@@ -43,10 +43,6 @@ Look = Callable[[int, Mapping[str, float]], object]
 
 def unseen(images_seen: int, values: Mapping[str, float]) -> None:
     """Look at nothing."""
-
-
-def undisturbed() -> None:
-    """Go on."""
 
 
 class Session:
@@ -62,8 +58,8 @@ class Session:
         config: Config,
         images: Images,
         recipe: Recipe,
-        look: Look = unseen,
-        go_on: Callable[[], None] = undisturbed,
+        look: Look,
+        go_on: Callable[[], None],
     ) -> None:
         self._look, self._go_on = look, go_on
         self.run, self.config, self.images, self.recipe = run, config, images, recipe
@@ -73,7 +69,7 @@ class Session:
         self._saved_step: int | None = None
         self._spikes, self._begun = 0.0, False
         self._validation = self._held_out()
-        self._last_preview: int | None = None
+        self._drawn_at: int | None = None
         self._skipped = hooks.NonFinite(self._fault, config.training.non_finite_limit)
         self._proxy = Proxy(run.directory.parent, images, self._say)
 
@@ -93,10 +89,15 @@ class Session:
         if state.images_seen == 0:
             append(self.run.digests, 0, beginning(self.config, self.recipe))
         self._announce(state)
-        drawn = self._journal.picture("preview", state.images_seen).exists()
-        if state.step and self.config.training.previews and not drawn:
-            with suppress(Stop):  # which the next step meets, too
-                self._previews(state, {})
+
+    def owed_preview(self, state: TrainState) -> None:
+        """Draw the preview that was due before, and that a signal broke off; raises its Stop."""
+        if not (self._main and self.config.training.previews):
+            return
+        due = state.images_seen // self._preview_every * self._preview_every
+        later = (images for images in self._journal.pictures("preview") if images >= due)
+        if due and min(later, default=state.images_seen + 1) > state.images_seen:
+            self.preview(state)
 
     def watched(self, steps: Iterator[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
         """Hand steps on, and know how long training waited for them."""
@@ -129,7 +130,8 @@ class Session:
                 proxy = when(training.proxy_every_images, hook=lambda state, _: self.proxy(state))
                 looking.append(proxy)
             if training.previews:
-                looking.append(self._previews)
+                preview = when(self._preview_every, hook=lambda state, _: self.preview(state))
+                looking.append(preview)
             looking.append(when(saves, hook=lambda state, _: self.save(state)))
         if training.early_stopping_checks and self._validation:
             looking.append(hooks.stop_early(training.early_stopping_checks))
@@ -170,19 +172,19 @@ class Session:
         Raises:
             Stop: if training shall end meanwhile; there is no picture then.
         """
-        if not self._main or self._last_preview == state.images_seen:
+        if not self._main or self._drawn_at == state.images_seen:
             return
         count, names = self.config.training.preview_count, self.images.class_names
         numbers = tuple(range(count))
         model = self._model(state)
         job = drawing.Job(numbers, drawing.classes_for(numbers, names), batch_size=count)
-        drawn = drawing.draw(model, self.config.sampling, job, lambda count: self._go_on())
+        drawn = drawing.draw(model, self.config.sampling, job, lambda _: self._go_on())
         pixels = np.concatenate([some for _, some in drawn])
         picture = grid(pixels, columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
-        self._last_preview = state.images_seen
+        self._drawn_at = state.images_seen
 
-    def last_preview(self, state: TrainState) -> None:
+    def final_preview(self, state: TrainState) -> None:
         """Draw what a run that is at its end has come to; raises a Stop as `preview` does."""
         if self.config.training.previews and state.images_seen >= self.planned:
             self.preview(state)
@@ -193,10 +195,8 @@ class Session:
         return max(self.images.per_epoch, self.planned // 20)
 
     @property
-    def _previews(self) -> Hook:
-        training = self.config.training
-        images = training.preview_every_images or self._now_and_then
-        return every(images, training.batch_size, lambda state, _: self.preview(state))
+    def _preview_every(self) -> int:
+        return self.config.training.preview_every_images or self._now_and_then
 
     def proxy(self, state: TrainState) -> None:
         """Record how far a few images of the averaged weights are from real ones, cheaply."""
@@ -208,10 +208,11 @@ class Session:
     def _model(self, state: TrainState) -> Model:
         """What samples come from, as it is now."""
         denoiser = replace(self.recipe.denoiser, network=state.sampler.eval())
-        names, device = self.images.class_names, self.recipe.devices.device
-        compiled = bool(self.config.training.compile) and not state.average  # else it is a copy
-        precision = self.recipe.precision
-        return Model(self.config, denoiser, names, device, precision, compiled=compiled)
+        device, precision = self.recipe.devices.device, self.recipe.precision
+        model = Model(self.config, denoiser, self.images.class_names, device, precision)
+        # Where there is no average this is the network that trains: what is compiled for it is for
+        # the batches of training, and shall see no others.
+        return drawing.uncompiled(model)
 
     def end(self, state: TrainState, status: Status) -> None:
         """Settle the record of a run that went as far as it should."""
@@ -251,7 +252,7 @@ class Session:
             return
         run = self.run
         say(f"{reason} at {state.images_seen:,} of {self.planned:,} images: run {run.id}")
-        if self._last_preview is not None:
+        if self._drawn_at is not None:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
         finished = run.read().status == "FINISHED" and state.images_seen >= self.planned

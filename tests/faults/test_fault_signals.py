@@ -113,27 +113,44 @@ drawing.states = slow_states
 """
 
 
-@pytest.mark.parametrize("images", [128, 192], ids=["midway", "last"])
+def broken_off(zygote: Zygote, root: Path) -> Done:
+    """The end of a process that resumes the root's run and gets a signal as it draws."""
+    for file in (root / "draws", root / "go"):
+        file.unlink(missing_ok=True)
+    process = zygote.start("resume", runs_in(root)[0].name, root=root, before=DRAWING)
+    while not (root / "draws").exists():
+        assert not process.ends_within(0.005), process.wait()
+    process.send(signal.SIGTERM)
+    assert not process.ends_within(0.1)
+    (root / "go").touch()
+    return process.wait()
+
+
+@pytest.mark.parametrize(("images", "times"), [(128, 2), (192, 1)], ids=["midway", "last"])
 def test_a_signal_ends_a_preview_which_is_drawn_when_the_run_goes_on(
-    zygote: Zygote, half: Path, golden: Golden, images: int
+    zygote: Zygote, half: Path, golden: Golden, images: int, times: int
 ) -> None:
     run = runs_in(half)[0]
     if images == 192:
         zygote.run("resume", run.name, "training.stop_after_images=176", root=half)
-    process = zygote.start("resume", run.name, root=half, before=DRAWING)
-    while not (half / "draws").exists():
-        assert not process.ends_within(0.005), process.wait()
-    process.send(signal.SIGTERM)
-    assert not process.ends_within(0.1)
-    (half / "go").touch()
-    done = process.wait()
-    assert_clear(done, 143)
-    assert f"SIGTERM received at {images} of 192" in done.stdout
-    assert f"rediffuse resume {run.name}\n" in done.stdout.partition(" received")[2]
-    assert (status(run), images_in(checkpoints(run)[-1])) == ("KILLED", images)
-    assert not (run / "samples" / f"preview-{images:010}.png").exists()
+    for _ in range(times):
+        done = broken_off(zygote, half)
+        assert_clear(done, 143)
+        assert f"SIGTERM received at {images} of 192" in done.stdout
+        assert f"rediffuse resume {run.name}\n" in done.stdout.partition(" received")[2]
+        assert (status(run), images_in(checkpoints(run)[-1])) == ("KILLED", images)
+        assert not (run / "samples" / f"preview-{images:010}.png").exists()
     zygote.run("resume", run.name, root=half, check=0)
     assert_same(run, golden)
+
+
+def test_a_preview_that_was_drawn_is_not_owed_for_other_batches(zygote: Zygote, half: Path) -> None:
+    run = runs_in(half)[0]
+    words = ["training.preview_every_images=100", "training.stop_after_images=144"]
+    zygote.run("resume", run.name, *words, root=half, check=0)
+    zygote.run("resume", run.name, "training.batch_size=48", root=half, check=0)
+    drawn = sorted(int(file.stem[8:]) for file in (run / "samples").glob("preview-*.png"))
+    assert drawn == [112, 192]
 
 
 # Both outputs are a pipe whose reader has gone, and a line is written at every log.

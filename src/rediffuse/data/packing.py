@@ -27,7 +27,7 @@ from PIL import Image
 
 from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
-from rediffuse.data.sources import Broken, Example, Examples, FileExamples, Source
+from rediffuse.data.sources import AnySource, Broken, Example, Examples, FileExamples
 from rediffuse.errors import DataError
 from rediffuse.progress import Progress
 from rediffuse.reading import read_object
@@ -77,7 +77,7 @@ class Packed:
 
 
 def pack(
-    source: Source,
+    source: AnySource,
     folder: str | Path,
     *,
     image_size: int,
@@ -178,7 +178,7 @@ class _Chunk(NamedTuple):
 
 
 def _write_parts(
-    source: Source,
+    source: AnySource,
     folder: Path,
     square: Square,
     shape: tuple[int, int, int],

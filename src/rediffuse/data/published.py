@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rediffuse.data.sources import ArrayExamples, Found, LateSource, Source, identity_of
+from rediffuse.data.sources import ArrayExamples, Found, LateSource, identity_of
 from rediffuse.errors import DataError
 
 MAX_IDX_BYTES = 2**30
@@ -27,8 +27,8 @@ def idx_source(
     class_names: tuple[str, ...],
     download: Callable[[], object],
     adapt: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = lambda x, y: (x, y),
-) -> Source:
-    """Read parts of images and labels in the IDX format of LeCun et al. 1998, plain or gzipped.
+) -> LateSource:
+    """Parts of images and labels in the IDX format of LeCun et al. 1998, plain or gzipped.
 
     They are downloaded if there are none to train on; a part other than "train" may be missing.
 
@@ -51,37 +51,40 @@ def idx_source(
     return LateSource(identity_of(used, *class_names), read)
 
 
-def cifar_source(base_folder: str, torchvisions: Callable[[], Any], root: str | Path) -> Source:
+def cifar_source(base_folder: str, torchvisions: Callable[[], Any], root: str | Path) -> LateSource:
     """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision's class, which takes seconds.
 
     Their files are pickles, which can hold code; torchvision opens only those of the published MD5.
 
     Raises:
-        DataError: if the files are missing and cannot be downloaded; on reading, if they are
-            damaged and cannot be downloaded anew.
+        DataError: if the files are missing and cannot be downloaded; on reading, if some are
+            missing or damaged.
     """
     folder = Path(root).expanduser() / base_folder
 
-    def fetch() -> None:
-        data_set = torchvisions()
-        names = [name for name, _ in (*data_set.train_list, *data_set.test_list)]
-        _fetch(lambda: data_set(root, download=True), folder, [*names, data_set.meta["filename"]])
+    def names(data_set: Any) -> list[str]:
+        return [
+            *(name for name, _ in (*data_set.train_list, *data_set.test_list)),
+            data_set.meta["filename"],
+        ]
 
     def read() -> Found:
         data_set = torchvisions()
         try:
-            train = data_set(root, train=True)
+            both = {part: data_set(root, train=part == "train") for part in ("train", "test")}
         except RuntimeError:
-            fetch()
-            train = data_set(root, train=True)
-        both = {"train": train, "test": data_set(root, train=False)}
-        return tuple(train.classes), {
+            raise DataError(
+                f"{folder} lacks files, or they are damaged; delete it to get it anew, or put "
+                f"{', '.join(names(data_set))} into it"
+            ) from None
+        return tuple(both["train"].classes), {
             part: ArrayExamples(found.data, np.asarray(found.targets), part)
             for part, found in both.items()
         }
 
     if not folder.is_dir():
-        fetch()
+        data_set = torchvisions()
+        _fetch(lambda: data_set(root, download=True), folder, names(data_set))
     files = [(path.name, path) for path in sorted(folder.iterdir())]
     return LateSource(identity_of(files), read)
 

@@ -63,7 +63,7 @@ class Journal:
         self, name: str, grid: UInt8[np.ndarray, "height width channel"], images_seen: int
     ) -> Path:
         """Write a picture (1, 3 or 4 channels) to `samples/<name>-<images>.png`."""
-        path = self.picture(name, images_seen)
+        path = self._pictures / f"{name}-{images_seen:010d}.png"
         path.parent.mkdir(exist_ok=True)
         png = io.BytesIO()
         Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(png, "PNG")
@@ -71,9 +71,14 @@ class Journal:
         self.artifact(path, images_seen)
         return path
 
-    def picture(self, name: str, images_seen: int) -> Path:
-        """Where a picture is, once it is written."""
-        return self._directory / "samples" / f"{name}-{images_seen:010d}.png"
+    def pictures(self, name: str) -> list[int]:
+        """After how many images the pictures of this name were drawn that are there."""
+        numbers = (file.stem.rpartition("-")[2] for file in self._pictures.glob(f"{name}-*.png"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    @property
+    def _pictures(self) -> Path:
+        return self._directory / "samples"
 
     def artifact(self, path: Path, images_seen: int) -> None:
         """Have a file of the run sent to the trackers; it must stay as it is until the end.

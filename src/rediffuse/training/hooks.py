@@ -302,7 +302,7 @@ class Interrupts:
             raise Stop(f"{self.received.name} received")
 
     def while_alone(self) -> None:
-        """Stop in the middle of something, if a signal has come and no other rank waits for it."""
+        """Stop in the middle of a preview, if a signal has come and no other rank waits for it."""
         if self.received and self._alone:
             raise Stop(f"{self.received.name} received")
 

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from rediffuse.errors import DataError
+
 
 class Example(NamedTuple):
     """One decoded image, the number of its class (None: without), and a name for messages."""
@@ -62,17 +64,18 @@ Found = tuple[tuple[str, ...], Mapping[str, Examples]]
 """The names of classes, and images by part."""
 
 
-class LateSource(Source):
+class LateSource:
     """A source that is read when its classes or images are asked for: not where they are packed."""
 
     def __init__(self, identity: str, read: Callable[[], Found]) -> None:
-        object.__setattr__(self, "identity", identity)
-        object.__setattr__(self, "_read", read)
+        self.identity, self._read = identity, read
 
     @cached_property
     def _found(self) -> Found:
-        read: Callable[[], Found] = self.__dict__["_read"]
-        return read()
+        try:
+            return self._read()
+        except OSError as failed:
+            raise DataError(f"images cannot be read: {failed}") from failed
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -81,8 +84,11 @@ class LateSource(Source):
 
     @property
     def parts(self) -> Mapping[str, Examples]:
-        """Raise what reading raises."""
+        """Raise what reading raises, as a DataError where files cannot be opened."""
         return self._found[1]
+
+
+AnySource = Source | LateSource
 
 
 @dataclass(frozen=True)

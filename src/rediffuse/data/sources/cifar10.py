@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from rediffuse.data.published import cifar_source
-from rediffuse.data.sources import Source
+from rediffuse.data.sources import LateSource
 
 
-def cifar10(*, root: str | Path = "datasets") -> Source:
+def cifar10(*, root: str | Path = "datasets") -> LateSource:
     """50,000 + 10,000 photographs of 32x32 pixels in 10 classes (Krizhevsky 2009).
 
     They lie in `<root>/cifar-10-batches-py`.

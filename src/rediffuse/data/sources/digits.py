@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from rediffuse.data.sources import ArrayExamples, Found, LateSource, Source
+from rediffuse.data.sources import ArrayExamples, Found, LateSource
 from rediffuse.data.splits import split
 
 
-def digits() -> Source:
+def digits() -> LateSource:
     """1,797 real digits of 8x8 pixels, embedded in scikit-learn (Alpaydin & Kaynak 1998).
 
     A fixed fifth is the test part: scikit-learn ships none.

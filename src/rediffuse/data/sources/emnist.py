@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from rediffuse.data.published import idx_source
-from rediffuse.data.sources import Source
+from rediffuse.data.sources import LateSource
 
 # Merging 15 lower-case letters with their capitals leaves 11 (Cohen et al. 2017, Sec. II).
 CLASSES = {
@@ -24,11 +24,11 @@ def emnist(
     *,
     root: str | Path = "datasets",
     split: Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"] = "balanced",
-) -> Source:
+) -> LateSource:
     """Handwritten letters and digits of 28x28 pixels (Cohen et al. 2017), in `<root>/EMNIST/raw`.
 
     Raises:
-        DataError: if the files are missing and cannot be downloaded, or are damaged.
+        DataError: if the files are missing and cannot be downloaded.
     """
 
     def download() -> object:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rediffuse.data.published import MNIST_FILES, idx_source
-from rediffuse.data.sources import Source
+from rediffuse.data.sources import LateSource
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -11,11 +11,11 @@ CLASSES = (
 )  # fmt: skip
 
 
-def fashion_mnist(*, root: str | Path = "datasets") -> Source:
+def fashion_mnist(*, root: str | Path = "datasets") -> LateSource:
     """60,000 + 10,000 articles of 28x28 pixels (Xiao et al. 2017), in `<root>/FashionMNIST/raw`.
 
     Raises:
-        DataError: if the files are missing and cannot be downloaded, or are damaged.
+        DataError: if the files are missing and cannot be downloaded.
     """
 
     def download() -> object:

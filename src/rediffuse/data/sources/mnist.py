@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from rediffuse.data.published import MNIST_FILES, idx_source
-from rediffuse.data.sources import Source
+from rediffuse.data.sources import LateSource
 
 
-def mnist(*, root: str | Path = "datasets") -> Source:
+def mnist(*, root: str | Path = "datasets") -> LateSource:
     """60,000 + 10,000 digits of 28x28 pixels (LeCun et al. 1998), in `<root>/MNIST/raw`.
 
     Raises:
-        DataError: if the files are missing and cannot be downloaded, or are damaged.
+        DataError: if the files are missing and cannot be downloaded.
     """
 
     def download() -> object:
