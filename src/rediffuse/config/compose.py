@@ -347,14 +347,15 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
         GlobalHydra.instance().clear()
     for group in choices:
         if group != "data":
-            _drop_foreign_keys(tree, group, choices[group])
+            _prefer(tree, group, choices[group])
     return tree
 
 
-def _drop_foreign_keys(tree: Tree, group: str, choice: str) -> None:
-    """Forget what a preset says to another part than the one that was chosen.
+def _prefer(tree: Tree, group: str, choice: str) -> None:
+    """Let what a preset says of a group give way to the choice of another file for it.
 
-    The file of a part lists all of its arguments.
+    Of a part it stays as far as the chosen part has such arguments, all of which its file lists. Of
+    anything else, such as `average=none`, nothing stays that the file says otherwise.
     """
     section = (tree["sampling"] if group in _OF_SAMPLING else tree).get(group)
     home = next(
@@ -362,9 +363,13 @@ def _drop_foreign_keys(tree: Tree, group: str, choice: str) -> None:
     )
     own = read_yaml(home / group / f"{choice}.yaml")
     own = own.get(group, own)
-    if isinstance(section, dict) and "name" in own:
-        for key in set(section) - set(own):
-            del section[key]
+    if not isinstance(section, dict):
+        return
+    if "name" not in own:
+        _merge(section, {key: value for key, value in own.items() if key != "defaults"})
+        return
+    for key in set(section) - set(own):
+        del section[key]
 
 
 def _merge(tree: Tree, more: Mapping[str, Any]) -> None:
