@@ -95,8 +95,8 @@ class Session:
         if not (self._main and self.config.training.previews):
             return
         due = state.images_seen // self._preview_every * self._preview_every
-        later = (images for images in self._journal.pictures("preview") if images >= due)
-        if due and min(later, default=state.images_seen + 1) > state.images_seen:
+        drawn = self._journal.pictures("preview")
+        if due and not any(due <= images <= state.images_seen for images in drawn):
             self.preview(state)
 
     def watched(self, steps: Iterator[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
