@@ -165,14 +165,17 @@ atexit.register(lambda: print("graphs", counters["stats"]["unique_graphs"]))
 """
 
 
-@pytest.mark.parametrize("more", ["training.validate_every_images=48", "average=none"])
-def test_a_network_that_is_compiled_whole_is_compiled_once(tmp_path: Path, more: str) -> None:
+@pytest.mark.parametrize("average", ["half_life", "none"])
+def test_a_network_that_is_compiled_whole_is_compiled_once(tmp_path: Path, average: str) -> None:
     """As on a GPU: without a break; the trial's serves training, and nobody else calls for more.
 
-    Validation asks the average, which is not compiled; so do previews or, where there is none, they
-    ask the bare network.
+    Previews and validation ask the average or, where there is none, the bare network.
     """
-    looking_on = ("training.preview_every_images=48", more)
+    looking_on = (
+        "training.preview_every_images=48",
+        "training.validate_every_images=48",
+        f"average={average}",
+    )
     words = ("train", *TINY, "training.images=144", "training.compile=true", *looking_on)
     done = zygote().run(*words, root=tmp_path, before=WHOLE, check=0)
     assert done.stdout.splitlines()[-1] == "graphs 1"

@@ -104,11 +104,12 @@ def test_a_users_own_part_needs_trust_once_it_comes_with_a_run(
 
 
 @pytest.mark.parametrize("experiment", ["digits", "mnist"])
-def test_a_choice_wins_over_what_a_preset_says_of_it(experiment: str) -> None:
+def test_a_group_that_is_no_part_is_what_its_chosen_file_says(experiment: str) -> None:
     words = [f"experiment={experiment}", "average=none"]
     assert compose(words).average.half_life_images is None
     assert compose([*words, "average.half_life_images=7"]).average.half_life_images == 7
     assert compose(words[:1]).average.half_life_images is not None
+    assert compose([*words[:1], "training=default"]).training.epochs == 100
 
 
 def test_the_later_word_wins_file_over_defaults_and_command_line_over_file(tmp_path: Path) -> None:

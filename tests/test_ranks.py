@@ -36,16 +36,24 @@ def test_a_signal_that_one_of_two_processes_gets_ends_both_with_a_checkpoint(
 ) -> None:
     words = ["train", *TINY, "training.images=480000", "device=cpu", "training.previews=false"]
     words += ["training.log_every_images=48", "training.compile=false"]
-    with subprocess.Popen(
-        [*LAUNCH, *words],
-        env={**os.environ, "REDIFFUSE_ROOT": str(tmp_path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as launcher:
-        metrics = until(lambda: next(iter(tmp_path.glob("*/metrics.jsonl")), None), launcher)
-        until(lambda: len(metrics.read_text().splitlines()) > 20, launcher)
-        os.kill(worker(launcher.pid, told), signal.SIGTERM)
-        launcher.wait(120)
+    said = tmp_path / "said"
+    with (
+        said.open("w") as file,
+        subprocess.Popen(
+            [*LAUNCH, *words],
+            env={**os.environ, "REDIFFUSE_ROOT": str(tmp_path)},
+            stdout=file,
+            stderr=file,
+        ) as launcher,
+    ):
+        try:
+            metrics = until(lambda: next(iter(tmp_path.glob("*/metrics.jsonl")), None), launcher)
+            until(lambda: len(metrics.read_text().splitlines()) > 20, launcher)
+            os.kill(worker(launcher.pid, told), signal.SIGTERM)
+            launcher.wait(120)
+        finally:
+            launcher.terminate()
+    assert "RuntimeError" not in said.read_text()  # as of a rank that waits for one that has left
     run = metrics.parent
     record = json.loads((run / "run.json").read_text())
     (checkpoint,) = (run / "checkpoints").glob("step-*")
@@ -59,8 +67,10 @@ def test_a_signal_that_one_of_two_processes_gets_ends_both_with_a_checkpoint(
 
 def until(found: Callable[[], Any], launcher: subprocess.Popen[bytes]) -> Any:
     """What is found in the end, as long as somebody is at work."""
+    end = time.monotonic() + 300
     while not (it := found()):
         assert launcher.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     return it
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +410,7 @@ def _go(
     look: Look = unseen,
 ) -> int:
     """Train to the planned length with everything that looks on; settle how the run ended."""
-    session = Session(run, config, images, recipe, look, interrupts.while_alone)
+    session = Session(run, config, images, recipe, look, interrupts.go_on)
     try:
         session.begin(state)
         if "tensorboard" in config.tracking.trackers and recipe.devices.is_main:
@@ -425,7 +425,8 @@ def _go(
             session.final_preview(state)
         except Stop as stop:  # of a preview that is not drawn to its end
             reason = str(stop)
-        stopped_by = interrupts.received
+        if stopped_by := interrupts.received:
+            reason = f"{stopped_by.name} received"
         session.end(state, "KILLED" if stopped_by else "FINISHED")
     except BaseException as failed:
         session.fail(state)
@@ -436,9 +437,7 @@ def _go(
             f"is untouched: mend that, then rediffuse resume {run.id}"
         ) from failed
     session.farewell(state, reason)
-    with suppress(RuntimeError):  # whoever has died has nothing to wait for
-        recipe.devices.agree("ended")  # a launcher ends everybody once one has left with a code
-    return EXIT_CODES[stopped_by.name] if stopped_by else 0
+    return interrupts.agreed(EXIT_CODES[stopped_by.name] if stopped_by else 0)
 
 
 def _draw_graph(

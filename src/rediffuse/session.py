@@ -32,7 +32,7 @@ from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomi
 from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker
 from rediffuse.training import checkpoint, committed, hooks
-from rediffuse.training.loop import Hook, every
+from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
 from rediffuse.words import tell
@@ -49,7 +49,7 @@ class Session:
     """One process' part of a run. Every rank measures; the first one writes and talks.
 
     `go_on` raises a Stop where training shall end: no preview is drawn to its end then, but when
-    the run is resumed.
+    the run is resumed. It ends a single rank's training there; several end together.
     """
 
     def __init__(
@@ -91,7 +91,11 @@ class Session:
         self._announce(state)
 
     def owed_preview(self, state: TrainState) -> None:
-        """Draw the preview that was due before, and that a signal broke off; raises its Stop."""
+        """Draw the last preview that was due, if it is not there; a signal may have broken it off.
+
+        Raises:
+            Stop: as `preview` does.
+        """
         if not (self._main and self.config.training.previews):
             return
         due = state.images_seen // self._preview_every * self._preview_every
@@ -170,7 +174,8 @@ class Session:
         """Draw the same images as every time, from the averaged weights, into one picture.
 
         Raises:
-            Stop: if training shall end meanwhile; there is no picture then.
+            Stop: if training shall end meanwhile. There is no picture then, nor a Stop where other
+                ranks wait in the next step.
         """
         if not self._main or self._drawn_at == state.images_seen:
             return
@@ -179,7 +184,12 @@ class Session:
         model = self._model(state)
         job = drawing.Job(numbers, drawing.classes_for(numbers, names), batch_size=count)
         drawn = drawing.draw(model, self.config.sampling, job, lambda _: self._go_on())
-        pixels = np.concatenate([some for _, some in drawn])
+        try:
+            pixels = np.concatenate([some for _, some in drawn])
+        except Stop:
+            if self.recipe.devices.ranks == 1:
+                raise
+            return  # the others are in the next step by now
         picture = grid(pixels, columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
         self._drawn_at = state.images_seen
@@ -209,10 +219,7 @@ class Session:
         """What samples come from, as it is now."""
         denoiser = replace(self.recipe.denoiser, network=state.sampler.eval())
         device, precision = self.recipe.devices.device, self.recipe.precision
-        model = Model(self.config, denoiser, self.images.class_names, device, precision)
-        # Where there is no average this is the network that trains: what is compiled for it is for
-        # the batches of training, and shall see no others.
-        return drawing.uncompiled(model)
+        return Model(self.config, denoiser, self.images.class_names, device, precision)
 
     def end(self, state: TrainState, status: Status) -> None:
         """Settle the record of a run that went as far as it should."""

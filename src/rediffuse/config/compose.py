@@ -347,12 +347,12 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
         GlobalHydra.instance().clear()
     for group in choices:
         if group != "data":
-            _prefer(tree, group, choices[group])
+            _give_way(tree, group, choices[group])
     return tree
 
 
-def _prefer(tree: Tree, group: str, choice: str) -> None:
-    """Let what a preset says of a group give way to the choice of another file for it.
+def _give_way(tree: Tree, group: str, choice: str) -> None:
+    """Let what a preset says of a group give way to the file that was chosen for it.
 
     Of a part it stays as far as the chosen part has such arguments, all of which its file lists. Of
     anything else, such as `average=none`, nothing stays that the file says otherwise.

@@ -80,30 +80,45 @@ class Devices:
 
 
 class Ballot:
-    """One number of each rank after every step: all get to know the largest of the step before.
+    """Numbers that ranks tell one another between CPUs, so that no device is waited for.
 
-    Every rank makes it at the same point. Numbers go their own way between CPUs, while the next
-    step runs, so that no device is waited for.
+    Every rank makes it, and calls it, at the same points.
     """
 
     def __init__(self, devices: Devices) -> None:
         several = devices.ranks > 1
         self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
+        self._is_main = devices.is_main
         self._under_way: tuple[Any, Tensor] | None = None
 
     def cast(self, number: int) -> int:
-        """The largest number of all ranks' last call; of a single rank, that of this one."""
+        """The largest number of all ranks' call before, which has had a step's time to travel.
+
+        Of a single rank it is the number of now.
+        """
         if self._group is None:
             return number
-        before, largest = self._under_way, torch.tensor([number])
-        work = torch.distributed.all_reduce(
-            largest, torch.distributed.ReduceOp.MAX, self._group, async_op=True
-        )
-        self._under_way = work, largest
+        before, self._under_way = self._under_way, self._largest(number)
         if before is None:
             return 0
         before[0].wait()
         return int(before[1])
+
+    def of_the_first(self, number: int) -> int:
+        """The first rank's number, once all are here; one's own if somebody has died."""
+        if self._group is None:
+            return number
+        try:
+            work, told = self._largest(number if self._is_main else -1)
+            work.wait()
+        except RuntimeError:
+            return number
+        return int(told)
+
+    def _largest(self, number: int) -> tuple[Any, Tensor]:
+        told = torch.tensor([number])
+        most = torch.distributed.ReduceOp.MAX
+        return torch.distributed.all_reduce(told, most, self._group, async_op=True), told
 
 
 def choose(device: str = "auto") -> Devices:

@@ -77,10 +77,9 @@ def validate(recipe: Recipe, batches: Sequence[Batch], record: Record) -> Hook:
 @torch.no_grad()
 def validation_loss(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> float:
     """The mean loss of the averaged weights; image k has the same time and noise every time."""
-    denoiser = replace(recipe.denoiser, network=state.sampler)
+    denoiser = replace(recipe.denoiser, network=state.sampler.eval())
     schedule, times = denoiser.schedule, recipe.times
     drawn = times.evenly if isinstance(times, LossAware) else times
-    state.sampler.eval()
     total, images = 0.0, sum(len(batch.index) for batch in batches)
     for batch in batches:
         # One time in each of as many equal parts of the clock as there are images.
@@ -292,19 +291,26 @@ class Interrupts:
 
     def __init__(self, devices: Devices) -> None:
         self.received: signal.Signals | None = None
-        self._alone, self._ballot = devices.ranks == 1, Ballot(devices)
+        self._ballot = Ballot(devices)
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
         """Stop if a signal has come."""
         if number := self._ballot.cast(self.received or 0):
             self.received = signal.Signals(number)
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Raise a Stop if a signal has come, also in the middle of something beside a step."""
+        if self.received:
             raise Stop(f"{self.received.name} received")
 
-    def while_alone(self) -> None:
-        """Stop in the middle of a preview, if a signal has come and no other rank waits for it."""
-        if self.received and self._alone:
-            raise Stop(f"{self.received.name} received")
+    def agreed(self, code: int) -> int:
+        """The first rank's exit code, once all ranks are here.
+
+        A launcher ends all others when one leaves with an error, be it while the first one saves.
+        """
+        return self._ballot.of_the_first(code)
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

@@ -1,5 +1,6 @@
 """Everything that a step changes. A checkpoint is this and nothing else."""
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,5 +153,8 @@ class TrainState:
 
     @property
     def sampler(self) -> nn.Module:
-        """The network that samples come from: the average where there is one."""
-        return self.average.network if self.average else self.network
+        """The network that samples come from: the average, or else the one that trains, bare.
+
+        What is compiled for training is for its batches, and sees no others.
+        """
+        return self.average.network if self.average else copy(self.network)
