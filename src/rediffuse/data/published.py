@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rediffuse.data.sources import ArrayExamples, Found, LateSource, identity_of
+from rediffuse.data.sources import ArrayExamples, Contents, LateSource, identity_of
 from rediffuse.errors import DataError
 
 MAX_IDX_BYTES = 2**30
@@ -42,7 +42,7 @@ def idx_source(
     found = {part: paths for part, pair in files.items() if (paths := _all_found(folder, pair))}
     used = [(path.name, path) for paths in found.values() for path in paths]
 
-    def read() -> Found:
+    def read() -> Contents:
         return class_names, {
             part: ArrayExamples(*adapt(*_images_and_labels(*paths)), part)
             for part, paths in found.items()
@@ -51,8 +51,8 @@ def idx_source(
     return LateSource(identity_of(used, *class_names), read)
 
 
-def cifar_source(base_folder: str, torchvisions: Callable[[], Any], root: str | Path) -> LateSource:
-    """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision's class, which takes seconds.
+def cifar_source(name: str, base_folder: str, root: str | Path) -> LateSource:
+    """CIFAR-10 or -100 (Krizhevsky 2009) through torchvision's class of this name.
 
     Their files are pickles, which can hold code; torchvision opens only those of the published MD5.
 
@@ -62,20 +62,14 @@ def cifar_source(base_folder: str, torchvisions: Callable[[], Any], root: str | 
     """
     folder = Path(root).expanduser() / base_folder
 
-    def names(data_set: Any) -> list[str]:
-        return [
-            *(name for name, _ in (*data_set.train_list, *data_set.test_list)),
-            data_set.meta["filename"],
-        ]
-
-    def read() -> Found:
-        data_set = torchvisions()
+    def read() -> Contents:
+        data_set, files = _torchvisions(name)
         try:
             both = {part: data_set(root, train=part == "train") for part in ("train", "test")}
         except RuntimeError:
             raise DataError(
                 f"{folder} lacks files, or they are damaged; delete it to get it anew, or put "
-                f"{', '.join(names(data_set))} into it"
+                f"{', '.join(files)} into it"
             ) from None
         return tuple(both["train"].classes), {
             part: ArrayExamples(found.data, np.asarray(found.targets), part)
@@ -83,10 +77,10 @@ def cifar_source(base_folder: str, torchvisions: Callable[[], Any], root: str | 
         }
 
     if not folder.is_dir():
-        data_set = torchvisions()
-        _fetch(lambda: data_set(root, download=True), folder, names(data_set))
-    files = [(path.name, path) for path in sorted(folder.iterdir())]
-    return LateSource(identity_of(files), read)
+        data_set, files = _torchvisions(name)
+        _fetch(lambda: data_set(root, download=True), folder, files)
+    there = [(path.name, path) for path in sorted(folder.iterdir())]
+    return LateSource(identity_of(there), read)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -112,6 +106,15 @@ def read_idx(path: Path) -> np.ndarray:
             f"{math.prod(shape)}; delete it to get it anew"
         )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _torchvisions(name: str) -> tuple[Any, list[str]]:
+    """torchvision's class of a CIFAR, whose import takes seconds, and the files it reads."""
+    import torchvision.datasets
+
+    data_set = getattr(torchvision.datasets, name)
+    listed = (*data_set.train_list, *data_set.test_list)
+    return data_set, [*(file for file, _ in listed), data_set.meta["filename"]]
 
 
 def _images_and_labels(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:

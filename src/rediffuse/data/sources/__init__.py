@@ -60,18 +60,18 @@ class Source:
     identity: str
 
 
-Found = tuple[tuple[str, ...], Mapping[str, Examples]]
+Contents = tuple[tuple[str, ...], Mapping[str, Examples]]
 """The names of classes, and images by part."""
 
 
 class LateSource:
     """A source that is read when its classes or images are asked for: not where they are packed."""
 
-    def __init__(self, identity: str, read: Callable[[], Found]) -> None:
+    def __init__(self, identity: str, read: Callable[[], Contents]) -> None:
         self.identity, self._read = identity, read
 
     @cached_property
-    def _found(self) -> Found:
+    def _found(self) -> Contents:
         try:
             return self._read()
         except OSError as failed:

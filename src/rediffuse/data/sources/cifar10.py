@@ -14,10 +14,4 @@ def cifar10(*, root: str | Path = "datasets") -> LateSource:
     Raises:
         DataError: if the files are missing and cannot be downloaded.
     """
-    return cifar_source("cifar-10-batches-py", _torchvisions, root)
-
-
-def _torchvisions() -> object:
-    from torchvision.datasets import CIFAR10
-
-    return CIFAR10
+    return cifar_source("CIFAR10", "cifar-10-batches-py", root)

@@ -14,10 +14,4 @@ def cifar100(*, root: str | Path = "datasets") -> LateSource:
     Raises:
         DataError: if the files are missing and cannot be downloaded.
     """
-    return cifar_source("cifar-100-python", _torchvisions, root)
-
-
-def _torchvisions() -> object:
-    from torchvision.datasets import CIFAR100
-
-    return CIFAR100
+    return cifar_source("CIFAR100", "cifar-100-python", root)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rediffuse.data.sources import ArrayExamples, Found, LateSource
+from rediffuse.data.sources import ArrayExamples, Contents, LateSource
 from rediffuse.data.splits import split
 
 
@@ -14,7 +14,7 @@ def digits() -> LateSource:
     return LateSource("scikit-learn digits, a fifth for test", _read)
 
 
-def _read() -> Found:
+def _read() -> Contents:
     from sklearn.datasets import load_digits  # which takes a second or two
 
     bunch = load_digits()
