@@ -21,11 +21,12 @@ from cli import TINY
 from click.shell_completion import ShellComplete
 from rich.cells import cell_len
 
-from rediffuse import overview, plan
+from rediffuse import overview, plan, tables
 from rediffuse.cli import _STEPS, main
 from rediffuse.cli import rediffuse as program
 from rediffuse.config.compose import compose, leaves
 from rediffuse.progress import Progress
+from rediffuse.words import json_text, say, visible
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 WHOLE = re.compile(r"\S*/\S+|\b[0-9a-f]{32}\b")  # paths and ids are copied, and never broken
@@ -162,11 +163,11 @@ def test_colours_are_for_terminals_that_want_them(trained: tuple[Path, str, str]
     assert not re.search(r"\x1b\[[34]\d", uncoloured)
 
 
-def test_what_could_move_a_cursor_is_shown_as_a_question_mark(
+def test_what_could_move_a_cursor_is_shown_as_an_escape(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     overview.print_table([{"id": "a" * 32, "name": "\x1b[2Jgone\r"}])
-    assert "?[2Jgone?" in capsys.readouterr().out
+    assert r"\x1b[2Jgone\r" in capsys.readouterr().out
 
 
 def test_off_a_terminal_progress_is_a_whole_line_now_and_then(
@@ -327,3 +328,68 @@ def test_bash_completes_a_real_line(trained: tuple[Path, str, str], tmp_path: Pa
     )
     assert done.stdout.split() == [run]
     assert done.stderr == ""
+
+
+# Texts of others
+
+
+HOSTILE = {
+    "\x1b[2J\x1b[31m": r"\x1b[2J\x1b[31m",
+    "\x9b2J": r"\x9b2J",
+    "a\rb\bc\x7f": r"a\rb\x08c\x7f",
+    "cat\nerror: all is lost": r"cat\nerror: all is lost",
+    "\u202egnp.exe\u2066": r"\u202egnp.exe\u2066",
+    "\ufeffzero\u200bwidth\u00ad": r"\ufeffzero\u200bwidth\xad",
+    "two\u2028lines\u2029": r"two\u2028lines\u2029",
+    "half \ud83d": r"half \ud83d",
+    "größe 猫 नमस्ते می‌خواهم 👩‍👧 e\u0301": "größe 猫 नमस्ते می‌خواهم 👩‍👧 e\u0301",
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), HOSTILE.items())
+def test_control_and_direction_characters_are_shown_as_escapes(
+    text: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert visible(text) == shown
+    tables.table(("name",), [[text]], left=("name",))
+    tables.facts({"name": text})
+    tables.hanging(text.replace(" ", ""), 2)
+    say(f"a line of ours\n{text}".replace("\n", " "))
+    for line in capsys.readouterr().out.splitlines():
+        assert visible(line) == line
+
+
+def test_a_line_above_a_bar_has_no_escape_sequence_but_the_bars_own() -> None:
+    ours, its = pty.openpty()
+    with os.fdopen(its, "w") as terminal:
+        bar = Progress(10, stream=terminal)
+        bar.say("run \x1b]0;title\x07 \u202e", terminal)
+        bar.close()
+        seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert r"run \x1b]0;title\x07 \u202e" in seen
+
+
+def test_an_error_is_one_line_whatever_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", "no\nrun\x1b[2J"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_json_has_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    told = json_text({text: text for text in HOSTILE})
+    assert set(told) <= {"\n", *map(chr, range(32, 127))}
+    assert json.loads(told) == {text: text for text in HOSTILE}
+
+
+def test_only_one_place_writes_to_the_terminal() -> None:
+    """Everything else passes through it, and so through `visible`."""
+    package = Path(tables.__file__).parent
+    found = [
+        f"{file.relative_to(package)}: {line.strip()}"
+        for file in sorted(package.rglob("*.py"))
+        for line in file.read_text().splitlines()
+        if re.search(r"(?<!\.)\b(print|click\.echo|click\.secho)\(|\bstd(out|err)\.write\(", line)
+        and not re.search(r"click\.echo\((json_text\(|script\))", line)
+    ]
+    assert found == ["words.py: print(line, file=stream, flush=True)"]

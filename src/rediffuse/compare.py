@@ -4,7 +4,6 @@ Images are paired: number j starts from the same noise and is of the same class 
 differs comes of the runs and of how each of them samples.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from rediffuse.session import say
 from rediffuse.tracking.journal import is_clocked
 from rediffuse.tracking.jsonl import read_metrics, write_atomically
 from rediffuse.tracking.tracker import Row
-from rediffuse.words import plain
+from rediffuse.words import json_text, plain
 
 Facts = dict[str, Any]
 
@@ -94,7 +93,7 @@ def compare(
         if images:
             facts["samples"] = samples(a, b, options, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plain(facts), indent=1, default=str)
+        text = json_text(facts)
         write_atomically(folder / "comparison.json", text.encode())
     except OSError as failed:
         raise RunError(
@@ -329,5 +328,4 @@ def _shown(value: Any, most: int = 30) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = "absent" if value is None else str(value)
-    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[-most // 2 + 2 :]}"

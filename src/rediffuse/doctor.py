@@ -1,6 +1,5 @@
 """`rediffuse doctor`: whether this machine and this place can train, and what to do if not."""
 
-import json
 import os
 import platform
 import shutil
@@ -29,6 +28,7 @@ from rediffuse.tracking import mlflow
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import in_one_line
 from rediffuse.training.devices import bfloat16_pays, choose
+from rediffuse.words import json_text
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -55,7 +55,7 @@ def doctor(root: Path | None, device: str = "auto", *, as_json: bool = False) ->
     failed = [name for name, finding in found.items() if finding.verdict == "fail"]
     if as_json:
         checks = [{"check": name, **finding._asdict()} for name, finding in found.items()]
-        say(json.dumps({"ok": not failed, "root": str(home), "checks": checks}, indent=1))
+        say(json_text({"ok": not failed, "root": str(home), "checks": checks}))
     return int(bool(failed))
 
 

@@ -26,7 +26,7 @@ from rediffuse.images import Images, prepare
 from rediffuse.pictures import grid, save_png
 from rediffuse.progress import Progress
 from rediffuse.tracking.jsonl import write_atomically
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 Facts = dict[str, Any]
 
@@ -58,7 +58,7 @@ def duplicates(
     folder = folder or root / "duplicates" / packed.folder.name
     facts["folder"] = str(folder)
     _write(folder, facts, _picture(pixels, found.groups))
-    print(json_text(facts)) if as_json else _tell(facts)
+    say(json_text(facts)) if as_json else _tell(facts)
     return 0
 
 
@@ -138,19 +138,19 @@ def _write(folder: Path, facts: Facts, picture: np.ndarray) -> None:
 
 def _tell(facts: Facts) -> None:
     groups, kinds = facts["groups"], Counter(group["kind"] for group in facts["groups"])
-    print(f"{facts['images']:,} images, {facts['in_groups']:,} of them in {len(groups):,} groups")
+    say(f"{facts['images']:,} images, {facts['in_groups']:,} of them in {len(groups):,} groups")
     for kind, what in _KINDS.items():
         if kinds[kind]:
-            print(f"  {kinds[kind]:,} of {what}")
+            say(f"  {kinds[kind]:,} of {what}")
     if facts["leaks"]:
-        print(f"  {facts['leaks']:,} with images that are trained on and images held out")
+        say(f"  {facts['leaks']:,} with images that are trained on and images held out")
     if groups:
         _table(groups[:_TOLD])
     if len(groups) > _TOLD:
-        print(f"and {len(groups) - _TOLD:,} more groups")
-    print(f"by chance, {facts['expected_false']:.2g} images may be in a group of near ones")
-    print(f"grid    {facts['folder']}/groups.png")
-    print(f"all     {facts['folder']}/report.json")
+        say(f"and {len(groups) - _TOLD:,} more groups")
+    say(f"by chance, {facts['expected_false']:.2g} images may be in a group of near ones")
+    say(f"grid    {facts['folder']}/groups.png")
+    say(f"all     {facts['folder']}/report.json")
 
 
 _KINDS = {

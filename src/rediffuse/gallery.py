@@ -44,6 +44,7 @@ from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training.devices import Devices, choose
+from rediffuse.words import say
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,13 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
         frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in steps)
         save_film(map(grid, frames), folder / "film.gif")
     weights, step = model.origin["weights"], model.origin["checkpoint"]
-    print(f"{len(pixels)} images from {weights} weights at {step}")
+    say(f"{len(pixels)} images from {weights} weights at {step}")
     if _nobody_knows_the_class(model, job):
-        print("  class none, as nobody knows that of a given image; --class names one")
-    print(f"  in    {folder}")
-    print(f"  grid  {picture}")
+        say("  class none, as nobody knows that of a given image; --class names one")
+    say(f"  in    {folder}")
+    say(f"  grid  {picture}")
     if options.reconstruct:
-        print(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
+        say(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
     return 0
 
 

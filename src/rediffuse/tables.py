@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rediffuse.words import tell
+from rediffuse.words import tell, tell_styled, visible, visible_lines
 
 _NO_END = 100_000
 _WIDEST_TEXT = 100
@@ -34,7 +34,7 @@ def table(
     Where there is too little room, the column `cut` ends in an ellipsis, and those of `fold` go on
     below. On a terminal, a cell whose whole content is in `styles` has that style.
     """
-    console, rows = _console(), [[_printable(cell) for cell in row] for row in rows]
+    console, rows = _console(), [[visible(cell) for cell in row] for row in rows]
     natural = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
     gap = 2 if sum(natural) + 2 * len(head) <= console.width else 1
     over = sum(natural) + gap * (len(head) - 1) - console.width
@@ -58,7 +58,7 @@ def facts(named: Mapping[str, str]) -> None:
     drawn.add_column(no_wrap=True)
     drawn.add_column(overflow="fold")
     for name, value in named.items():
-        drawn.add_row(Text(_printable(name)), Text(_printable(value)))
+        drawn.add_row(Text(visible(name)), Text(visible(value)))
     _show(drawn, _console())
 
 
@@ -68,7 +68,7 @@ def verdict(word: str, name: str, told: str) -> None:
     for width in (4, 9):
         drawn.add_column(width=width, no_wrap=True)
     drawn.add_column(overflow="fold")
-    drawn.add_row(Text(word, _OF_VERDICTS.get(word, "")), name, Text(_printable(told)))
+    drawn.add_row(Text(word, _OF_VERDICTS.get(word, "")), name, Text(visible(told)))
     console = _console()
     console.width = min(console.width, _WIDEST_TEXT) if console.is_terminal else console.width
     _show(drawn, console)
@@ -87,7 +87,7 @@ def hanging(text: str, indent: int) -> None:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    for line in whole.wrap(_printable(text)):
+    for line in whole.wrap(visible(text)):
         tell(line, sys.stdout)
 
 
@@ -95,7 +95,7 @@ def paragraph(text: str) -> None:
     """Print text that goes on below, in lines that can be read."""
     console = _console()
     console.width = min(console.width, _WIDEST_TEXT)
-    _show(Text(_printable(text)), console)
+    _show(Text(visible_lines(text)), console)
 
 
 def _console() -> Console:
@@ -106,13 +106,8 @@ def _console() -> Console:
     return console
 
 
-def _printable(text: str) -> str:
-    """Without what could move a cursor: names come from files that others wrote."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-
-
 def _show(drawn: RenderableType, console: Console) -> None:
     with console.capture() as held:
         console.print(drawn)
     for line in held.get().splitlines():
-        tell(line.rstrip(), sys.stdout)
+        tell_styled(line.rstrip(), sys.stdout)

@@ -29,7 +29,7 @@ from rediffuse.cli import (
     train,
 )
 from rediffuse.errors import RediffuseError
-from rediffuse.words import tell
+from rediffuse.words import tell, visible
 
 
 class _InOrder(click.Group):
@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = [*words, *sys.argv[1:]] if words else None
     code, refused = _run(arguments)
     if refused:
-        tell(f"error: {refused}", sys.stderr)
+        tell(f"error: {visible(refused)}", sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(code)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rediffuse.cli import complete, options
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 if TYPE_CHECKING:
     from rediffuse.config.schema import Data
@@ -43,7 +43,7 @@ def pack(source: str, words: tuple[str, ...], out: Path | None, root: Path | Non
     """
     packed = _packed(source, words, out, root)
     counts = ", ".join(f"{len(part.images):,} {name}" for name, part in packed.parts.items())
-    click.echo(f"{counts} images of {packed.image_size} pixels: {packed.folder}")
+    say(f"{counts} images of {packed.image_size} pixels: {packed.folder}")
 
 
 @data.command(context_settings=_WORDS)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from rediffuse.words import say
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -19,6 +21,6 @@ def init(folder: Path) -> None:
     from rediffuse.starting import begin
 
     for file in begin(folder):
-        click.echo(file)
-    click.echo(f"\nput images into {folder / 'data'}, then\n  cd {folder}")
-    click.echo("  rediffuse train experiment=mine")
+        say(str(file))
+    say(f"\nput images into {folder / 'data'}, then\n  cd {folder}")
+    say("  rediffuse train experiment=mine")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from rediffuse.cli import options
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 
 @click.command()
@@ -29,7 +29,7 @@ def runs(as_json: bool, root: Path | None) -> None:
     elif rows:
         overview.print_table(rows)
     else:
-        click.echo(f"no runs in {home}; `rediffuse train` makes one")
+        say(f"no runs in {home}; `rediffuse train` makes one")
 
 
 @click.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from rediffuse.cli import complete, options
+from rediffuse.words import say
 
 
 @click.command(context_settings=options.WORDS)
@@ -48,7 +49,7 @@ def train(
         return launch.resume(ids["resume_from_run_id"], rest, root=root, trusted=trust)
     config = compose([*rest, *([f"name={_quoted(name)}"] if name else [])], file)
     if show_config:
-        click.echo(dump_yaml(config), nl=False)
+        say(dump_yaml(config).removesuffix("\n"))
         return 0
     return launch.train(config, root=root, parent=ids["parent_run_id"])
 
@@ -85,7 +86,7 @@ def _train_each(
     shared += ["--root", str(root)] if root else []
     codes = []
     for combination in sweep(words):
-        click.echo(f"── rediffuse train {' '.join(combination)}")
+        say(f"── rediffuse train {' '.join(combination)}")
         command = [sys.executable, "-m", "rediffuse", "train", *shared, *combination]
         codes.append(subprocess.run(command, check=False).returncode)
     return max(codes, default=0)

@@ -18,6 +18,7 @@ from rediffuse.data.decoding import MAX_FILE_BYTES
 from rediffuse.errors import ConfigError
 from rediffuse.studio.desk import Desk
 from rediffuse.studio.page import build
+from rediffuse.words import say
 
 HOST = "127.0.0.1"
 _OUR_NAMES = (HOST, "localhost")
@@ -116,9 +117,9 @@ def studio(desk: Desk, port: int, opens: bool) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with TemporaryDirectory(prefix="rediffuse-studio-") as cache:
         page, address = launch(desk, port, Path(cache))
-        print(f"studio    {address}")
-        print(f"runs      {desk.root}")
-        print("Ctrl-C ends it", flush=True)
+        say(f"studio    {address}")
+        say(f"runs      {desk.root}")
+        say("Ctrl-C ends it")
         if opens:
             import webbrowser
 
