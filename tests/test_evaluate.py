@@ -26,6 +26,7 @@ from rediffuse.evaluation.measures import MEASURE
 from rediffuse.gallery import Options
 from rediffuse.judging import in_chunks, rows_of_classes
 from rediffuse.reading import read_object
+from rediffuse.tracking.jsonl import append_metrics, read_metrics
 from rediffuse.training import committed
 
 
@@ -242,6 +243,25 @@ def test_figures_are_metrics_of_the_run_and_shown_with_it(trained: tuple[Path, s
     assert rows[-1]["images"] == 480
     facts = overview.full(runs.find_run(root, run))
     assert any("fd_classifier_40" in line for line in facts["evaluations"])
+
+
+def test_an_evaluation_of_a_killed_run_outlives_a_torn_line_and_the_resumption(
+    tmp_path: Path,
+) -> None:
+    words = [*TINY, "training.images=480", "training.log_every_images=48"]
+    config = compose([*words, "training.stop_after_images=240"])
+    assert launch.train(config, root=tmp_path) == 0
+    (run,) = runs.list_runs(tmp_path)
+    append_metrics(run.metrics, {"loss": 0.5}, 288)  # trained after the newest checkpoint
+    with run.metrics.open("ab") as file:
+        file.write(b'{"images": 336, "ti')
+    found = Evaluation("ab", (FIGURE,), None, {"way": "heun-18-g1-average", "images_seen": 240})
+    door.record(run, config, [found])
+    assert overview.brief(run)["status"] == "FINISHED"
+    assert launch.resume(run.id, root=tmp_path) == 0
+    rows = read_metrics(run.metrics)
+    assert [row["images"] for row in rows if found.metrics().items() <= row.items()] == [240]
+    assert [row["images"] for row in rows if "loss" in row] == [*range(48, 481, 48)]
 
 
 def test_damaged_references_and_evaluations_are_made_anew(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -128,17 +130,64 @@ def test_a_run_without_metrics_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_line_torn_at_any_byte_is_dropped_and_the_rest_kept(tmp_path):
+def test_a_line_torn_at_any_byte_is_removed_before_the_next_is_appended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for images in (10, 20):
         append_metrics(path, {"loss": images / 7}, images)
     whole, complete = path.read_bytes(), read_metrics(path)
-    for size in range(whole.index(b"\n") + 1, len(whole)):
-        path.write_bytes(whole[:size])
-        assert read_metrics(path) == complete[:1]
-        cut_back(path, 20)
-        append_metrics(path, {"loss": 0.5}, 30)
-        assert [row["images"] for row in read_metrics(path)] == [10, 30]
+    for size in range(whole.index(b"\n") + 1, len(whole) - 1):
+        for mend in (lambda: cut_back(path, 20), lambda: None):
+            path.write_bytes(whole[:size])
+            assert read_metrics(path) == complete[:1]
+            mend()
+            append_metrics(path, {"loss": 0.5}, 30)
+            assert [row["images"] for row in read_metrics(path)] == [10, 30]
+
+
+@pytest.mark.parametrize("mend", [cut_back, lambda path, images_seen: None])
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path, mend):
+    path = tmp_path / "metrics.jsonl"
+    for images in (10, 20):
+        append_metrics(path, {"loss": images / 7}, images)
+    path.write_bytes(path.read_bytes()[:-1])
+    mend(path, 20)
+    append_metrics(path, {"loss": 0.5}, 30)
+    assert [row["images"] for row in read_metrics(path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("torn", [b"\0" * 5000, b'{"images": 20, "time', b"[" * 5000, b"\xff"])
+def test_whatever_a_power_cut_left_after_the_last_line_is_removed(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"loss": 0.1}, 10)
+    with path.open("ab") as file:
+        file.write(torn)
+    append_metrics(path, {"loss": 0.2}, 30)
+    assert [row["images"] for row in read_metrics(path)] == [10, 30]
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"loss": 0.1}, 10)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, hard))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            append_metrics(path, {"loss": 0.2}, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_appended_to_a_pipe_or_through_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="pipe is not a regular file"):
+        append_metrics(tmp_path / "pipe", {"loss": 0.1}, 10)
+    with pytest.raises(OSError, match="link"):
+        append_metrics(tmp_path / "link", {"loss": 0.1}, 10)
+    assert (tmp_path / "elsewhere").read_bytes() == b""
 
 
 @pytest.mark.parametrize("images_seen", [0, 10, 15, 30, 99])
@@ -149,6 +198,19 @@ def test_cut_back_keeps_the_rows_up_to_the_restored_point(tmp_path, images_seen)
     before = read_metrics(path)
     cut_back(path, images_seen)
     assert read_metrics(path) == [row for row in before if row["images"] <= images_seen]
+
+
+def test_cut_back_keeps_the_rows_of_evaluations_and_what_was_written_after_them(tmp_path):
+    path, undone = tmp_path / "metrics.jsonl", tmp_path / "undone.jsonl"
+    for images, name in (
+        (10, "loss"), (20, "loss"), (30, "loss"), (20, "evaluation/fd_9/ddim"), (20, "epoch/loss"),
+        (30, "evaluation/fd_9/ddim"), (30, "validation/loss"),
+    ):  # fmt: skip
+        append_metrics(path, {name: images / 7}, images)
+    before = read_metrics(path)
+    cut_back(path, 20, undone)
+    assert read_metrics(path) == [before[i] for i in (0, 1, 3, 4, 5)]
+    assert read_metrics(undone) == [before[i] for i in (2, 6)]
 
 
 def test_a_damaged_line_is_refused_in_one_line_that_names_the_file(tmp_path):

@@ -36,7 +36,7 @@ from rediffuse.references import joined, looked_at, networks, real_parts
 from rediffuse.runs import Run, locked, runs_root
 from rediffuse.session import say, trackers_of
 from rediffuse.tracking.journal import replay
-from rediffuse.tracking.jsonl import append_metrics, read_metrics, write_atomically
+from rediffuse.tracking.jsonl import EVALUATION, append_metrics, read_metrics, write_atomically
 from rediffuse.training.devices import Devices, choose
 from rediffuse.words import did_you_mean, json_text, tell
 
@@ -92,7 +92,7 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The figures as metrics of the run, whose names say how the images were drawn."""
         way = self.facts["way"]
-        return {f"evaluation/{f.full_name}/{way}": f.value for f in self.figures}
+        return {f"{EVALUATION}{f.full_name}/{way}": f.value for f in self.figures}
 
     def told(self, metrics: Sequence[str]) -> "Evaluation":
         """Only the figures of these metrics, or all where none is named."""

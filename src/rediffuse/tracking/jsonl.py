@@ -4,17 +4,26 @@ A line is `{"images": 1280, "time": 1790000000.0, "loss": 0.1}`. JSON has no wor
 finite: such values are the strings "nan", "inf" and "-inf", and are read back as floats.
 """
 
+import errno
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from rediffuse.errors import RunError
 from rediffuse.tracking.tracker import Number, Row
+
+EVALUATION = "evaluation/"
+"""How the names of all metrics of an evaluation begin."""
+
+LINE_BYTES = 2**24
+"""A line is shorter."""
 
 
 def append_metrics(
@@ -51,32 +60,52 @@ def metrics_since(path: Path, position: int) -> Iterator[tuple[Row, int]]:
 
 
 def cut_back(path: Path, images_seen: int | None, undone: Path | None = None) -> None:
-    """Drop a last line that was torn by a kill, and what comes after `images_seen` images.
+    """Mend a torn last line, and remove the lines that were written after `images_seen` images.
 
-    Whole lines that are dropped are appended to the file `undone`.
+    Rows of evaluations stay: they were measured on a checkpoint and are not trained again. Removed
+    lines are appended to the file `undone`.
+
+    Raises:
+        RunError: if a line is damaged, or the file is not a regular file.
     """
     if not path.exists():
         return
-    kept = 0
+    with _opened(path) as file:
+        _mended(path, file)
+    if images_seen is None:
+        return
+    content, start = path.read_bytes(), 0
+    left, removed = bytearray(), bytearray()
     for line, end in lines_since(path, 0):
-        if images_seen is not None and line["images"] > images_seen:
-            break
-        kept = end
+        if line["images"] > images_seen and not _is_evaluation(line):
+            removed += content[start:end]
+        else:
+            left += content[start:end]
+        start = end
+    if not removed:
+        return
     if undone:
-        cut_back(undone, None)
-        with open(path, "rb") as source, open(undone, "ab") as sink:
-            source.seek(kept)
-            sink.writelines(line for line in source if line.endswith(b"\n"))
-    os.truncate(path, kept)
+        _append_bytes(undone, removed)
+    if content.startswith(left):
+        os.truncate(path, len(left))  # needs no room on a full disk
+    else:
+        write_atomically(path, bytes(left))
 
 
 def append(
     path: Path, images_seen: int, fields: Mapping[str, Any], at: float | None = None
 ) -> None:
-    """Append one line with the images seen and the time, in one write."""
+    """Append one line with the images seen and the time; hold the run's lock.
+
+    A last line that was torn by a kill or a full disk is mended before. The new line is written
+    whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+        RunError: if the file is not a regular file.
+    """
     line = {"images": images_seen, "time": round(time.time(), 3) if at is None else at, **fields}
-    with open(path, "ab") as file:
-        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+    _append_bytes(path, json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -103,6 +132,53 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _append_bytes(path: Path, lines: bytes | bytearray) -> None:
+    """Append complete lines after a complete line, or nothing."""
+    with _opened(path) as file:
+        end = _mended(path, file)
+        try:
+            if file.write(lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as failed:
+            file.truncate(end)
+            raise OSError(failed.errno, failed.strerror, str(path)) from None
+
+
+def _opened(path: Path) -> FileIO:
+    """Open a regular file to read it and to append, without waiting and through no link."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = FileIO(os.open(str(path), flags, 0o666), "r+")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise RunError(f"{path} is not a regular file; remove it")
+    return file
+
+
+def _mended(path: Path, file: FileIO) -> int:
+    """Complete or remove a last line that has no end; return where the next line begins.
+
+    A line that lacks nothing but its end was saved so by an editor; any other was cut short.
+    """
+    end = file.seek(0, os.SEEK_END)
+    if not end or os.pread(file.fileno(), 1, end - 1) == b"\n":
+        return end
+    tail = os.pread(file.fileno(), LINE_BYTES, max(0, end - LINE_BYTES))
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    if len(torn) == LINE_BYTES:
+        raise RunError(f"{path}: the last line has more than {LINE_BYTES:,} bytes; remove it")
+    try:
+        _decoded(path, torn, end)
+    except (RunError, RecursionError):
+        file.truncate(end - len(torn))
+        return end - len(torn)
+    return end + file.write(b"\n")
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    metrics = line.keys() - {"images", "time"}
+    return bool(metrics) and all(key.startswith(EVALUATION) for key in metrics)
 
 
 def _decoded(path: Path, line: bytes, end: int) -> dict[str, Any]:
