@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from rediffuse import losses, weightings
+from rediffuse import drawing, losses, weightings
+from rediffuse.config.compose import compose
 from rediffuse.data.batches import Batches
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import CheckpointError, TrainingError
+from rediffuse.models import Model
 from rediffuse.schedules import discrete
 from rediffuse.targets import eps
 from rediffuse.times import uniform_steps
@@ -113,7 +115,7 @@ def test_two_ranks_see_what_one_rank_sees() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_without_finite_gradients_changes_no_weight_and_no_average(value: float) -> None:
+def test_a_step_without_finite_gradients_changes_no_weight_buffer_or_average(value: float) -> None:
     state = fresh()
     recipe = recipe_for(state.network)
     steps = batches().since(0)
@@ -126,7 +128,8 @@ def test_a_step_without_finite_gradients_changes_no_weight_and_no_average(value:
     poisoned[0].x_0[0, 0, 0, 0] = value
     look(state, train_step(recipe, state, poisoned))
     learned = [name for name, _ in state.network.named_parameters()]
-    assert all(before[name].equal(state.network.state_dict()[name]) for name in learned)
+    assert {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} < before.keys()
+    assert same(before, state.network.state_dict())
     assert same(averaged, state.average.network.state_dict())  # type: ignore[union-attr]
     assert moments == json.dumps(str(state.optimizer.state_dict()["state"]))
     assert (state.skipped_steps, state.skipped_in_a_row, state.images_seen) == (1, 1, 2 * SIZE)
@@ -149,7 +152,9 @@ def test_a_spike_in_the_loss_is_counted_once_and_moves_what_is_usual_by_little()
     torch.testing.assert_close(usual.mean, torch.tensor(1.0), rtol=0, atol=0.05)
     torch.testing.assert_close(usual.variance.sqrt(), torch.tensor(0.1), rtol=0.3, atol=0)
     usual.see(torch.tensor(5.0), 400)
+    known = (usual.mean, usual.variance)
     usual.see(torch.tensor(math.nan), 401)
+    assert (usual.mean, usual.variance) == known
     usual.see(torch.tensor(1.0), 402)
     assert (usual.spikes.item(), usual.last_spike_images.item()) == (1, 400)
     torch.testing.assert_close(usual.mean, torch.tensor(1.0), rtol=0, atol=0.05)
@@ -160,16 +165,77 @@ def test_a_spike_in_the_loss_is_counted_once_and_moves_what_is_usual_by_little()
     assert usual.as_json() == again.as_json()
 
 
-def test_the_average_moves_every_parameter_and_copies_buffers() -> None:
+def test_the_average_moves_parameters_and_running_statistics_and_copies_other_buffers() -> None:
     state = fresh()
-    start = weights(state.average.network)  # type: ignore[union-attr]
+    state.network.register_buffer("mask", torch.full((2,), -math.inf))
+    average = state.average = Average(state.network, half_life_images=100)
+    start = weights(average.network)
     train_step(recipe_for(state.network), state, next(batches().since(0)))
     live = state.network.state_dict()
-    for name, value in state.average.network.named_parameters():  # type: ignore[union-attr]
-        assert value.dtype == torch.float32
+    moved = {name for name, _ in state.network.named_parameters()}
+    moved |= {"norm.running_mean", "norm.running_var"}
+    for name, value in average.network.state_dict().items():
         # (1 + 0)/(10 + 0): after the first step nine tenths are new.
-        torch.testing.assert_close(value, 0.1 * start[name] + 0.9 * live[name].float())
-    assert state.average.network.norm.running_mean.equal(live["norm.running_mean"].float())  # type: ignore
+        expected = 0.1 * start[name] + 0.9 * live[name].float() if name in moved else live[name]
+        torch.testing.assert_close(value, expected)
+        assert value.dtype == expected.dtype
+    assert not start["norm.running_var"].equal(average.network.norm.running_var)  # type: ignore
+
+
+def test_the_average_of_a_batch_norm_after_a_linear_map_has_the_mean_of_what_it_normalises() -> (
+    None
+):
+    # The mean of W̄·x + b̄ is the average of the means of W_k·x + b_k; momentum 1 forgets the past.
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, momentum=1.0))
+    average = Average(network, half_life_images=64, warm_up=False)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    network(x)
+    average.restart(network)
+    for seen in range(0, 5 * SIZE, SIZE):
+        with torch.no_grad():
+            network[0].weight.add_(0.5 + seen)  # type: ignore[operator]
+        network(x)
+        average.update(network, seen, SIZE)
+    linear, norm = average.network
+    torch.testing.assert_close(norm.running_mean, linear(x).mean(dim=0))
+
+
+def batch_norm_model() -> tuple[TrainState, Recipe, Model]:
+    """A state whose network normalises over the batch, after a few steps, and a model of it."""
+    state = fresh()
+    recipe = recipe_for(state.network)
+    train(recipe, state, batches().since(0), [], 48)
+    config = compose(["data.image_size=4", "data.channels=1", "sampling.steps=3"])
+    denoiser = replace(recipe.denoiser, network=state.sampler.eval())
+    return state, recipe, Model(config, denoiser, ("a", "b"), recipe.devices.device)
+
+
+def test_evaluating_and_drawing_with_batch_norm_change_no_statistic_and_next_steps_move_them() -> (
+    None
+):
+    state, recipe, model = batch_norm_model()
+    for average in (state.average, None):
+        state.average = average
+        denoiser = replace(model.denoiser, network=state.sampler.eval())
+        before = weights(state.network), weights(state.sampler)
+        hooks.validation_loss(recipe, state, next(batches().since(640)))
+        job = drawing.Job((0, 1), (0, 1), batch_size=8)
+        list(drawing.draw(replace(model, denoiser=denoiser), model.config.sampling, job))
+        assert same(before[0], state.network.state_dict())
+        assert same(before[1], state.sampler.state_dict())
+        train_step(recipe, state, next(batches().since(state.images_seen)))
+        moved = state.network.state_dict()["norm.running_mean"]
+        assert not before[0]["norm.running_mean"].equal(moved)
+
+
+def test_an_image_drawn_with_batch_norm_does_not_depend_on_its_neighbours() -> None:
+    _, _, model = batch_norm_model()
+
+    def drawn(numbers: tuple[int, ...]) -> np.ndarray:
+        job = drawing.Job(numbers, tuple(n % 2 for n in numbers), batch_size=8)
+        return np.concatenate([p for _, p in drawing.draw(model, model.config.sampling, job)])
+
+    assert (drawn((0, 1, 2, 3, 4, 5, 6, 7))[5] == drawn((5, 11, 12))[0]).all()
 
 
 def test_the_average_halves_in_its_half_life() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rediffuse.data.batches import Batch, Batches
 from rediffuse.denoiser import Denoiser
 from rediffuse.losses import simple
-from rediffuse.networks.norms import group
+from rediffuse.networks.norms import Norm, batch, group
 from rediffuse.networks.unet import UNet
 from rediffuse.schedules.discrete import linear
 from rediffuse.targets import v
@@ -27,7 +27,11 @@ from rediffuse.weightings import min_snr
 CPU, SIZE = torch.device("cpu"), 8
 
 
-def made(device: torch.device) -> tuple[TrainState, Recipe]:
+def groups(channels: int) -> torch.nn.Module:
+    return group(channels, groups=4)
+
+
+def made(device: torch.device, norm: Norm = groups) -> tuple[TrainState, Recipe]:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same weights on both
         network = UNet(
@@ -40,7 +44,7 @@ def made(device: torch.device) -> tuple[TrainState, Recipe]:
             attention_resolutions=(),
             num_classes=4,
             null_class=True,
-            norm=lambda channels: group(channels, groups=4),
+            norm=norm,
             dropout=0.0,
         )
         for parameter in network.parameters():  # which begin as 0 in part
@@ -49,6 +53,9 @@ def made(device: torch.device) -> tuple[TrainState, Recipe]:
         place = network.get_submodule(name.rpartition(".")[0])
         there = torch.nn.Parameter(Far(parameter.data) if device == FAR else parameter.data)
         setattr(place, name.rpartition(".")[2], there)
+    for name, buffer in list(network.named_buffers()):
+        place = network.get_submodule(name.rpartition(".")[0])
+        place.register_buffer(name.rpartition(".")[2], Far(buffer) if device == FAR else buffer)
     state = TrainState(
         network, adamw(parameter_groups(network), 1e-3), Average(network, half_life_images=100)
     )
@@ -102,7 +109,9 @@ def values(state: TrainState) -> dict[str, Tensor]:
     """Everything that a step changes, on the CPU."""
     assert state.average
     found = dict(state.network.named_parameters("weights"))
+    found |= state.network.named_buffers("weights")
     found |= state.average.network.named_parameters("average")
+    found |= state.average.network.named_buffers("average")
     for index, moments in state.optimizer.state_dict()["state"].items():
         found |= {f"{index} {name}": moment for name, moment in moments.items()}
     found |= {name: getattr(state.since_log, name) for name in ("loss", "bin_loss", "bin_images")}
@@ -123,6 +132,24 @@ def test_a_step_asks_its_device_nothing_and_leaves_what_a_cpu_leaves(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert expected["skipped"] == (poisoned is not None)
     assert expected["in a row"] == (poisoned == 2)
+
+
+def test_a_skipped_step_moves_no_running_statistic_of_a_device_that_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[dict[str, Tensor]] = []
+    with far_away(monkeypatch):
+        state, recipe = made(FAR, batch)
+        for number, step in zip(range(3), steps(FAR), strict=False):
+            if number == 1:
+                step[0] = step[0]._replace(x_0=step[0].x_0 * float("nan"))
+            train_step(recipe, state, step)
+            found.append({name: value.clone() for name, value in values(state).items()})
+    first, skipped, last = found
+    assert {n for n in first if not first[n].equal(skipped[n])} == {"skipped", "in a row"}
+    statistics = [n for n in first if "running_" in n or "num_batches" in n]
+    assert any(n.startswith("average") for n in statistics)
+    assert not any(skipped[n].equal(last[n]) for n in statistics)
 
 
 def test_skipped_steps_are_read_together_from_a_device_and_at_the_end(

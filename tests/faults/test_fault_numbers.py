@@ -118,6 +118,7 @@ CASES = [
     ("a learned part's gradient", "inf", LEARNED),
     ("loss", "nan", LEARNED),
     ("a pixel", "nan", ("weighting=uncertainty",)),
+    ("a pixel", "nan", ("model.norm={name: batch}",)),
 ]
 
 

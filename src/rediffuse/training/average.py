@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class Average:
@@ -16,8 +17,15 @@ class Average:
     def __init__(self, network: nn.Module, *, half_life_images: int, warm_up: bool = True) -> None:
         self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
         self._half_life_images, self._warm_up = half_life_images, warm_up
-        self._averaged: list[Tensor] = list(self.network.parameters())
-        self._copied = list(self.network.buffers())
+        self._averaged = _averaged(self.network)
+        self._copied = _copied(self.network)
+
+    @torch.no_grad()
+    def restart(self, network: nn.Module) -> None:
+        """Start again from these weights and buffers."""
+        for part in (_averaged, _copied):
+            for mine, theirs in zip(part(self.network), part(network), strict=True):
+                mine.copy_(theirs)
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """The share of the old average that the step starting at `images_seen` keeps."""
@@ -31,11 +39,14 @@ class Average:
     def update(
         self, network: nn.Module, images_seen: int, batch_size: int, finite: Tensor | None = None
     ) -> None:
-        """Move towards the live weights by one step; buffers are copied, not averaged.
+        """Move towards the live weights by one step.
 
-        Where `finite` says no, nothing moves, and no device has to tell.
+        Running statistics of norms are averaged as weights are: those of the live network belong to
+        the live weights, and the averaged network would be normalised by means that it has not.
+        All other buffers are copied. Where `finite` is false nothing moves, and no device is waited
+        for.
         """
-        live = [parameter.float() for parameter in network.parameters()]
+        live = [tensor.float() for tensor in _averaged(network)]
         share = 1 - self.decay(images_seen, batch_size)
         if finite is None or finite.device.type == "cpu":
             if finite is not None and not finite:
@@ -45,5 +56,22 @@ class Average:
             apart = torch._foreach_sub(live, self._averaged)
             torch._foreach_mul_(apart, share * finite)
             torch._foreach_add_(self._averaged, apart)
-        for mine, theirs in zip(self._copied, network.buffers(), strict=True):
+        for mine, theirs in zip(self._copied, _copied(network), strict=True):
             mine.copy_(theirs if finite is None else torch.where(finite, theirs, mine))
+
+
+def _averaged(network: nn.Module) -> list[Tensor]:
+    """Parameters, and the running means and variances of norms."""
+    return [*network.parameters(), *_statistics(network)]
+
+
+def _copied(network: nn.Module) -> list[Tensor]:
+    """All other buffers, such as counters and tables."""
+    averaged = {id(tensor) for tensor in _statistics(network)}
+    return [buffer for buffer in network.buffers() if id(buffer) not in averaged]
+
+
+def _statistics(network: nn.Module) -> list[Tensor]:
+    norms = [module for module in network.modules() if isinstance(module, _NormBase)]
+    found = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    return [tensor for tensor in found if tensor is not None]

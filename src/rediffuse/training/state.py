@@ -103,7 +103,8 @@ class UsualLoss:
         # A spike moves what is usual no further than the limit does.
         step = weight * torch.where(loss.isfinite(), torch.where(spike, limit, above), 0.0)
         self.mean = mean + step
-        self.variance = (1 - weight) * (variance + step * step / weight)
+        moved = (1 - weight) * (variance + step * step / weight)
+        self.variance = torch.where(loss.isfinite(), moved, variance)
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers, exact."""

@@ -1,6 +1,6 @@
 """One optimizer step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -54,8 +54,8 @@ class Recipe:
 def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Ho et al. 2020, Alg. 1, for one batch in one or more pieces; return loss and gradient norm.
 
-    A step whose loss or gradients are not finite leaves weights, average and optimizer alone and is
-    counted. Whether it was is decided on the device, so that a GPU need not be waited for; with
+    A step whose loss or gradients are not finite changes no weight, buffer, average or moment and
+    is counted. Whether it was is decided on the device, so that a GPU need not be waited for; with
     float16, a part that learns beside the network, or an optimizer that cannot, the step waits.
     `samples`, `times` and `losses` are of this rank's images, `gradient_norms` of each tensor.
     """
@@ -63,6 +63,7 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     set_learning_rate(state.optimizer, rate)
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
+    before = {name: buffer.clone() for name, buffer in _buffers(state)}
     loss, sums, seen = accumulate(recipe, state, batches)
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     also = [p.grad for p in state.learned.parameters() if p.grad is not None]
@@ -73,6 +74,8 @@ def train_step(recipe: Recipe, state: TrainState, batches: Sequence[Batch]) -> d
     norm = torch.linalg.vector_norm(norms)
     beside = _norms(also, on=norm.device)
     finite = (norm + loss).isfinite() & beside.isfinite().all()
+    for name, buffer in _buffers(state):  # a forward pass moves the running means of batch norm
+        buffer.copy_(torch.where(finite.to(buffer.device), buffer, before[name]))
     _update(recipe, state, norm, finite)
     if isinstance(recipe.times, LossAware) and finite:
         recipe.times.update(recipe.denoiser.schedule, *map(recipe.devices.gather, seen))
@@ -203,6 +206,12 @@ def _some_dropped(recipe: Recipe, batch: Batch) -> Tensor | None:
     drawn = uniform(recipe.seed, Stream.LABEL_DROP, batch.index, 1)[:, 0]
     hidden = sent(drawn < recipe.label_dropout, batch.cond.device)
     return batch.cond.masked_fill(hidden, recipe.null_class)
+
+
+def _buffers(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """What modules remember beside their parameters, by name."""
+    yield from state.network.named_buffers("network")
+    yield from state.learned.named_buffers("learned")
 
 
 def _norms(gradients: Sequence[Tensor], on: torch.device | None = None) -> Tensor:
