@@ -200,6 +200,16 @@ def test_the_average_of_a_batch_norm_after_a_linear_map_has_the_mean_of_what_it_
     torch.testing.assert_close(norm.running_mean, linear(x).mean(dim=0))
 
 
+def test_an_average_that_is_switched_on_starts_from_the_present_weights(tmp_path: Path) -> None:
+    state = replace(fresh(), average=None)
+    train(recipe_for(state.network), state, batches().since(0), [], 48)
+    saved = checkpoint.save_checkpoint(state, tmp_path)
+    other = fresh()
+    checkpoint.load_checkpoint(other, saved)
+    assert other.average
+    assert same(weights(state.network), weights(other.average.network))
+
+
 def batch_norm_model() -> tuple[TrainState, Recipe, Model]:
     """A state whose network normalises over the batch, after a few steps, and a model of it."""
     state = fresh()

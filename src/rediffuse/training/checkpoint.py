@@ -131,6 +131,8 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     _load_module(state.network, checkpoint / "model.safetensors")
     if state.average and (checkpoint / "average.safetensors").exists():
         _load_module(state.average.network, checkpoint / "average.safetensors")
+    elif state.average:  # switched on since: the weights that the network began with are long gone
+        state.average.restart(state.network)
     if state.learned:
         _load_module(state.learned, checkpoint / LEARNED)
     _load_optimizer(state, _tensors(checkpoint / "optimizer.safetensors"))
