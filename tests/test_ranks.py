@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +13,159 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import TINY, rediffuse, run_id
+import torch
+from cli import TINY, rediffuse, run_id, zygote
+from faults_harness import Done
+
+from rediffuse.config.compose import compose
+from rediffuse.errors import ConfigError
+from rediffuse.images import prepare
+from rediffuse.launch import fresh
+from rediffuse.training.devices import Devices
 
 LAUNCH = (
     *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
     *("-m", "rediffuse"),
 )
+
+SHORT = (*TINY, "training.previews=false", "training.checkpoint_every_images=48")
+
+
+def together(
+    *words: str, root: Path, before: str = "", env: dict[str, str] | None = None
+) -> list[Done]:
+    """How two processes of one launcher end; `before` is what the second one runs first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", **NO_GPU}
+    started = [
+        zygote().start(
+            *words,
+            root=root,
+            before=before if rank == "1" else "",
+            env={**shared, "RANK": rank, "LOCAL_RANK": rank, **(env or {})},
+        )
+        for rank in ("0", "1")
+    ]
+    return [process.wait(120) for process in started]
+
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The root and the run of two processes that were told of each other and of no device."""
+    root = tmp_path_factory.mktemp("two")
+    first, second = together("train", *SHORT, "training.images=144", root=root)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "run" not in second.stdout.split()  # Gloo says something of its own
+    return root, run_id_of(root)
+
+
+def run_id_of(root: Path) -> str:
+    """The one run of a root."""
+    (record,) = root.glob("*/run.json")
+    return record.parent.name
+
+
+@pytest.fixture
+def run(trained: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of that run in a root of its own."""
+    root, name = trained
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    return tmp_path / name
+
+
+def seen(run: Path) -> list[int]:
+    """The images seen at each checkpoint."""
+    folders = sorted(f for f in (run / "checkpoints").iterdir() if "corrupt" not in f.name)
+    return [json.loads((f / "state.json").read_text())["images_seen"] for f in folders]
+
+
+def test_two_processes_without_a_gpu_train_one_run(trained: tuple[Path, str]) -> None:
+    run = trained[0] / trained[1]
+    facts = json.loads((run / "environment.json").read_text())
+    assert (facts["ranks"], facts["device"]) == (2, "cpu")
+    assert json.loads((run / "run.json").read_text())["status"] == "FINISHED"
+
+
+def test_the_main_process_alone_sets_a_damaged_checkpoint_aside(run: Path) -> None:
+    (run / "checkpoints/step-00000003/model.safetensors").write_bytes(b"damage")
+    ends = together("resume", run.name, "training.images=192", root=run.parent)
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert [f"{end.stdout}{end.stderr}".count("set aside") for end in ends] == [1, 0]
+    assert len([*(run / "checkpoints").glob("*.corrupt*")]) == 1
+    assert seen(run)[-1] == 192
+
+
+# A second process that would find an older checkpoint, as by a cached listing of a file system.
+BEHIND = """
+from rediffuse.training import committed
+listed = committed.checkpoints
+committed.checkpoints = lambda folder: listed(folder)[:-1]
+"""
+# One that cannot read the one that it is told to load.
+BLIND = """
+from rediffuse.errors import CheckpointError
+from rediffuse.training import checkpoint
+def load_checkpoint(state, folder):
+    raise CheckpointError(f"{folder.name} is not there")
+checkpoint.load_checkpoint = load_checkpoint
+"""
+# One that loads something else.
+OTHER = """
+import torch
+from rediffuse.training import checkpoint
+load = checkpoint.load_checkpoint
+def load_checkpoint(state, folder):
+    load(state, folder)
+    with torch.no_grad():
+        next(state.network.parameters()).add_(1)
+checkpoint.load_checkpoint = load_checkpoint
+"""
+
+
+def test_every_process_goes_on_from_the_checkpoint_that_the_main_one_finds(run: Path) -> None:
+    words = ("resume", run.name, "training.images=192")
+    ends = together(*words, root=run.parent, before=BEHIND)
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert seen(run)[-2:] == [144, 192]
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "message"),
+    [
+        (BLIND, 2, "process 1 of 2: step-00000003 is not there"),
+        (OTHER, 1, "process 1 differs from process 0 in weights"),
+    ],
+)
+def test_a_process_that_has_not_loaded_what_the_main_one_has_ends_all_before_a_step(
+    run: Path, before: str, code: int, message: str
+) -> None:
+    ends = together("resume", run.name, "training.images=192", root=run.parent, before=before)
+    for end in ends:
+        assert end.returncode == code, end
+        assert message in end.stderr
+    assert seen(run)[-1] == 144
+
+
+def test_a_batch_norm_is_refused_where_each_process_sees_a_part_of_a_batch(tmp_path: Path) -> None:
+    words = ("training.images=48", "rate.horizon_images=48", "training.precision=fp32")
+    config = compose([*SHORT, *words, "model.norm={name: batch}"])
+    images = prepare(config.data, tmp_path)
+    cpu = torch.device("cpu")
+    fresh(config, images, Devices(cpu))
+    with pytest.raises(ConfigError, match=r"batch norm.*2 processes"):
+        fresh(config, images, Devices(cpu, 1, 2))
+
+
+def test_what_does_not_divide_its_work_is_refused_in_several_processes(run: Path) -> None:
+    for words in (("reproduce", run.name), ("plan",)):
+        for end in together(*words, root=run.parent):
+            assert end.returncode == 2, end
+            assert "works in one process, not 2" in end.stderr
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from rediffuse.launch import load_config
 from rediffuse.models import find, load
 from rediffuse.overview import brief
 from rediffuse.pictures import Pixels, columns_for, grid, save_png
+from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.report import comparison, page
 from rediffuse.runs import Run
@@ -75,6 +76,7 @@ def compare(
     Raises:
         RediffuseError: if a run cannot be read, or cannot sample as asked.
     """
+    alone("compare")
     if html:
         page.check_output(html)
     a, b = (read(find(word, options.root)) for word in (first, second))

@@ -40,6 +40,7 @@ from rediffuse.images import Images, of_run
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find
 from rediffuse.process import Prediction
+from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.randomness import Stream, normal
 from rediffuse.sampling import trajectory
@@ -65,6 +66,7 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
     Raises:
         RediffuseError: if the run, its images or what is asked for cannot be used.
     """
+    alone("diagnose")
     count = options.count or 256
     if count > _MOST_IMAGES:
         raise ConfigError(f"--n {count:,}: more than {_MOST_IMAGES:,} images")

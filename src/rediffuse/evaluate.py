@@ -24,12 +24,13 @@ from rediffuse.errors import ConfigError, RunError
 from rediffuse.evaluation.card import Card, digest_of
 from rediffuse.evaluation.figures import Figure, short, shown_spread
 from rediffuse.evaluation.measures import INCEPTION
-from rediffuse.gallery import Options, opened, settled
+from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.given import pair
 from rediffuse.images import of_run
 from rediffuse.judging import Cost, Study, drawn
 from rediffuse.likelihoods import bits, card_of
 from rediffuse.models import Model, find
+from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 from rediffuse.references import joined, looked_at, networks, real_parts
@@ -115,6 +116,7 @@ def evaluate(word: str, options: Options, asked: Asked) -> int:
     with devices.main_talks():
         run = find(word, options.root)
         model = opened(run, options)
+        check_equal(model, devices)
         settled(model, options)  # refused before anything is looked at
         study = study_of(run, model, asked)
         count = options.count or (None if options.seeds else study.usual_n)
@@ -139,6 +141,7 @@ def evaluate_given(
         RediffuseError: if the images or what is asked for cannot be used.
     """
     check_metrics(asked)
+    alone("evaluate --images")
     began, place = time.perf_counter(), runs_root(root)
     sample, parts = pair(place, images, reference, size, note)
     against = next(iter(parts))

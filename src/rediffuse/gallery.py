@@ -36,7 +36,7 @@ from rediffuse.drawing import (
     uncompiled,
     varied,
 )
-from rediffuse.errors import ConfigError, DataError
+from rediffuse.errors import ConfigError, DataError, RunError
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
@@ -92,6 +92,7 @@ def sample(word: str, options: Options) -> int:
 
 def _sample(run: Run, options: Options, devices: Devices) -> int:
     model = opened(run, options)
+    check_equal(model, devices)
     how, job = settled(model, options)
     assert model.origin
     name = f"{model.origin['checkpoint']}-{_job_name(how, job, options)}"
@@ -100,9 +101,7 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     each = {j: class_of(model, job, k) for k, j in enumerate(job.images)}
     files = [{"image": j, "file": f"{j:06d}.png", "class": each[j]} for j in job.images]
     facts = {**shared, "images": files}
-    if devices.is_main:
-        _open_folder(folder, facts)
-    devices.agree("open")
+    devices.on_main(lambda: _open_folder(folder, facts))
     drawn: list[Pixels] = []
     mine = share(job, devices.rank, devices.ranks)
 
@@ -157,6 +156,19 @@ def opened(run: Run, options: Options) -> Model:
         compiled=options.compile,
         trusted=options.trust,
     )
+
+
+def check_equal(model: Model, devices: Devices) -> None:
+    """Hold every process' checkpoint to that of the main process, before they share a job.
+
+    Raises:
+        RunError: naming a process that has opened another one.
+    """
+    if found := devices.first_difference(model.origin or {}):
+        raise RunError(
+            f"{found} of the run, and would draw from another model; name a --checkpoint that all "
+            "of them have"
+        )
 
 
 def settled(model: Model, options: Options) -> tuple[Sampling, Job]:

@@ -3,12 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rediffuse import build, drift, runs
 from rediffuse.config.compose import (
@@ -22,11 +23,12 @@ from rediffuse.config.compose import (
 )
 from rediffuse.config.schema import AUTO, Config
 from rediffuse.data.batches import Batch, Batches, fixed
-from rediffuse.errors import ConfigError, RunError, TrainingError
+from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
 from rediffuse.images import Images, of_run, prepare
 from rediffuse.legality import check
+from rediffuse.processes import exit_code
 from rediffuse.randomness import RNG_SCHEME, Stream, normal, torch_seeded
-from rediffuse.runs import Run
+from rediffuse.runs import Record, Run
 from rediffuse.session import (
     Look,
     Session,
@@ -59,8 +61,6 @@ from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
 from rediffuse.words import tell
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
-
 
 def train(config: Config, *, root: Path | None = None, parent: str | None = None) -> int:
     """Train a new run; return the exit code.
@@ -91,6 +91,7 @@ def trained(
     config = settled(config, images, devices)
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
+    _check_equal(config, images, state, devices)
     with closing(hooks.Interrupts(devices)) as interrupts:
         run = _created(config, home, parent, devices, images)
         with _writing(run, devices):
@@ -106,14 +107,7 @@ def resume(
         RediffuseError: if the run cannot be found, or cannot go on as asked.
     """
     run = runs.find_run(runs.runs_root(root), word)
-    old = load_config(run)
-    tree = old.model_dump()
-    tree["training"]["stop_after_images"] = None  # that was for the process before
-    typed = typed_values(words)
-    refuse_groups(typed, tree)
-    set_values(tree, typed)
-    config = checked(tree)
-    changes(old, config)  # refuses what may not change
+    old, config = to_resume(run, words)
     if config.training.batch_size == AUTO:
         raise ConfigError("training.batch_size=auto: a run that has begun needs a number")
     check(config, trusted)
@@ -124,19 +118,16 @@ def resume(
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
     with closing(hooks.Interrupts(devices)) as interrupts, _writing(run, devices):
-        record = run.read()
-        if newest := committed.newest(run.checkpoints, say):
-            checkpoint.load_checkpoint(state, newest)
-        elif record.images_seen:
-            raise RunError(
-                f"run {run.id} has seen {record.images_seen:,} images, and there is no checkpoint "
-                f"in {run.checkpoints}; put them back, or start a new run"
-            )
+        record, newest = devices.on_main(lambda: _newest(run))
+        if newest:
+            _load(state, newest, devices)
+        _check_equal(config, images, state, devices)
         planned = planned_images(config, images.per_epoch)
         if state.images_seen >= planned and record.status == "FINISHED":
-            say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
-            say(f"to go on: {longer(run, config)}")
-            send_what_is_missing(run, config)
+            if devices.is_main:
+                say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
+                say(f"to go on: {longer(run, config)}")
+                send_what_is_missing(run, config)
             return 0
         if devices.is_main:
             found = drift.note(run, changed, surroundings(images, devices), state.images_seen)
@@ -144,6 +135,90 @@ def resume(
             for line in found.told(found.decisive):
                 say(f"changed {line}")
         return _go(run, config, images, recipe, state, interrupts, trusted)
+
+
+def to_resume(run: Run, words: Sequence[str]) -> tuple[Config, Config]:
+    """A run's own configuration, and the one that it is resumed with.
+
+    Raises:
+        RediffuseError: if the run's is damaged, or `words` change what may not change.
+    """
+    old = load_config(run)
+    tree = old.model_dump()
+    tree["training"]["stop_after_images"] = None  # that was for the process before
+    typed = typed_values(words)
+    refuse_groups(typed, tree)
+    set_values(tree, typed)
+    config = checked(tree)
+    changes(old, config)
+    return old, config
+
+
+def _newest(run: Run) -> tuple[Record, Path | None]:
+    """A run's record, and its newest checkpoint that verifies; damaged ones are set aside.
+
+    Raises:
+        RunError: if there is none any more.
+    """
+    record, newest = run.read(), committed.newest(run.checkpoints, say)
+    if record.images_seen and not newest:
+        raise RunError(
+            f"run {run.id} has seen {record.images_seen:,} images, and there is no checkpoint in "
+            f"{run.checkpoints}; put them back, or start a new run"
+        )
+    return record, newest
+
+
+def _load(state: TrainState, chosen: Path, devices: Devices) -> None:
+    """Load the checkpoint that the main process has chosen, in every process.
+
+    Raises:
+        CheckpointError: in every process, if one of them cannot read it.
+    """
+    failed = None
+    try:
+        checkpoint.load_checkpoint(state, chosen)
+    except CheckpointError as refused:
+        failed = str(refused)
+    for rank, failure in enumerate(devices.everyones(failed)):
+        if failure:
+            where = f"process {rank} of {devices.ranks}: " if devices.ranks > 1 else ""
+            raise CheckpointError(f"{where}{failure}")
+
+
+def _check_equal(config: Config, images: Images, state: TrainState, devices: Devices) -> None:
+    """Hold every process' configuration, images and training state to those of the main one.
+
+    Raises:
+        TrainingError: naming a process that differs, and in what.
+    """
+    if devices.ranks == 1:
+        return
+    mine = {
+        "configuration": config.model_dump(exclude={"threads"}),
+        "images": images.facts(),
+        "images seen": state.images_seen,
+        **hooks.state_digests(state),
+    }
+    if found := devices.first_difference(mine):
+        raise TrainingError(
+            f"{found}, and would train another model; start all processes with the same command, "
+            "images and files of the run"
+        )
+
+
+def _check_norms(network: nn.Module, devices: Devices) -> None:
+    """Refuse a network that normalises over a batch, of which each process sees only a part.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    for name, module in network.named_modules() if devices.ranks > 1 else ():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise ConfigError(
+                f"model: {name} is a batch norm, and each of {devices.ranks} processes would "
+                "normalise over its own part of a batch; use another model.norm, or one process"
+            )
 
 
 def load_config(run: Run) -> Config:
@@ -352,6 +427,7 @@ def fresh(
     training, classes = config.training, len(images.class_names)
     with torch_seeded(config.seed, Stream.INITIALISATION):
         network = build.network(config, classes, trusted)
+        _check_norms(network, devices)
         denoiser = build.denoiser(config, network, trusted)
         weighting = build.bind("weighting", config.weighting, "weighting", trusted)
         times = build.bind("times", config.times, "times", trusted)
@@ -437,7 +513,7 @@ def _go(
             f"is untouched: mend that, then rediffuse resume {run.id}"
         ) from failed
     session.farewell(state, reason)
-    return interrupts.agreed(EXIT_CODES[stopped_by.name] if stopped_by else 0)
+    return interrupts.agreed(exit_code(stopped_by) if stopped_by else 0)
 
 
 def _draw_graph(
@@ -493,21 +569,26 @@ def surroundings(images: Images, devices: Devices) -> dict[str, Any]:
 def _created(
     config: Config, root: Path, parent: str | None, devices: Devices, images: Images
 ) -> Run:
-    """Make the run, under MLflow's id where MLflow is asked for; every rank gets the same."""
-    run_id = None
-    if devices.is_main and "mlflow" in config.tracking.trackers:
-        run_id = mlflow.create_run(root, config.tracking.experiment, config.name, say)
-    if devices.is_main:
+    """Make the run, under MLflow's id where MLflow is asked for; every process gets the same."""
+
+    def create() -> str:
+        run_id = None
+        if "mlflow" in config.tracking.trackers:
+            run_id = mlflow.create_run(root, config.tracking.experiment, config.name, say)
         facts = json.dumps(surroundings(images, devices), indent=1)
         files = {"config.yaml": dump_yaml(config).encode(), "environment.json": facts.encode()}
         command = [redacted(word) for word in sys.argv]
-        run_id = runs.create(
+        made = runs.create(
             root, run_id, name=config.name, parent=parent, command=command, files=files
-        ).id
-    return Run(root / devices.agree(run_id))
+        )
+        return made.id
+
+    return Run(root / devices.on_main(create))
 
 
 @contextmanager
 def _writing(run: Run, devices: Devices) -> Iterator[None]:
-    with runs.locked(run) if devices.is_main else nullcontext():
+    """Hold the run's lock, in the main process alone; each is refused if that one is."""
+    with ExitStack() as held:
+        devices.on_main(lambda: held.enter_context(runs.locked(run)))
         yield

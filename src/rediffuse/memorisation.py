@@ -35,6 +35,7 @@ from rediffuse.gallery import Options, opened, settled
 from rediffuse.images import Images, of_run
 from rediffuse.models import Model, find
 from rediffuse.pictures import Pixels, grid, save_png
+from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
@@ -73,6 +74,7 @@ def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
     Raises:
         RediffuseError: if the run, its images or what is asked for cannot be used.
     """
+    alone("memorisation")
     count = options.count or 1000
     if count > _MOST_SAMPLES:
         raise ConfigError(f"--n {count:,}: more than {_MOST_SAMPLES:,} samples at once")

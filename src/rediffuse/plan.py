@@ -1,6 +1,5 @@
 """What a run will take, told before it begins: size, memory, speed, time and room."""
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rediffuse import build, runs
 from rediffuse.config.schema import Config
-from rediffuse.errors import ConfigError
 from rediffuse.images import Images, prepare
 from rediffuse.launch import batches_of, few, fresh, settled
 from rediffuse.legality import check
+from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.session import planned_images
 from rediffuse.training import checkpoint, memory
@@ -40,8 +39,7 @@ def plan(
     Raises:
         RediffuseError: if the configuration or the images cannot work.
     """
-    if "LOCAL_RANK" in os.environ:
-        raise ConfigError("plan measures one process; start it without a launcher")
+    alone("plan")
     check(config, trusted)
     home = runs.runs_root(root)
     devices = choose(config.device)

@@ -23,8 +23,9 @@ from rediffuse.data.packing import Packed
 from rediffuse.drift import Drift
 from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
-from rediffuse.launch import EXIT_CODES, batches_of, fresh, load_config, set_up, surroundings
+from rediffuse.launch import batches_of, fresh, load_config, set_up, surroundings
 from rediffuse.legality import check
+from rediffuse.processes import alone, exit_code
 from rediffuse.progress import Progress
 from rediffuse.runs import Run
 from rediffuse.session import beginning, say
@@ -115,6 +116,7 @@ def reproduce(
     Raises:
         RediffuseError: if the run cannot be found or trained, or has no digests.
     """
+    alone("reproduce")
     run = runs.find_run(runs.runs_root(root), word)
     record = read_record(run)
     config = record.parts[0][1]
@@ -123,8 +125,6 @@ def reproduce(
         raise RunError(f"run {run.id} has no digests of its first steps in {run.digests}")
     check(config, trusted)
     devices = choose(config.device)
-    if devices.ranks > 1:
-        raise RunError("reproduce compares one process; start it without torchrun or accelerate")
     set_up(config, devices)
     images = prepare(config.data, run.directory.parent, trusted)
     state, recipe = fresh(config, images, devices, trusted)
@@ -173,7 +173,7 @@ def reproduce(
         say(json_text(facts))
     else:
         _tell(facts, kept, signal.name if signal else "")
-    return EXIT_CODES[signal.name] if signal else int(facts["verdict"] == "FAIL")
+    return exit_code(signal) if signal else int(facts["verdict"] == "FAIL")
 
 
 def read_record(run: Run) -> Record:

@@ -37,7 +37,7 @@ from rediffuse.evaluate import (
 )
 from rediffuse.evaluation.card import digest_of
 from rediffuse.evaluation.figures import Figure, shown_spread
-from rediffuse.gallery import Options, opened, settled
+from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.judging import Study
 from rediffuse.models import Model, find
 from rediffuse.runs import Run
@@ -152,6 +152,8 @@ def _sweep(
     run: Run, options: Options, each: Sequence[Options], asked: Asked, devices: Devices
 ) -> int:
     models = {how.weights: opened(run, how) for how in {how.weights: how for how in each}.values()}
+    for model in models.values():
+        check_equal(model, devices)
     for how in each:  # refused before anything is looked at
         _cell(models[how.weights], how)
     study = study_of(run, models[each[0].weights], asked)

@@ -13,6 +13,7 @@ from rediffuse.errors import RediffuseError
 from rediffuse.launch import load_config
 from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
+from rediffuse.processes import alone
 from rediffuse.report import curves, images, page
 from rediffuse.report.evaluations import evaluations
 from rediffuse.report.page import Section
@@ -46,6 +47,7 @@ def report(word: str, asked: Asked) -> int:
     Raises:
         RediffuseError: if the run cannot be read, or cannot do what is asked for.
     """
+    alone("report")
     run = find(word, asked.root)
     file = asked.output or run.directory / "report.html"
     page.check_output(file)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rediffuse.data.decoding import MAX_FILE_BYTES
 from rediffuse.errors import ConfigError
+from rediffuse.processes import alone
 from rediffuse.studio.desk import Desk
 from rediffuse.studio.page import build
 from rediffuse.words import say
@@ -114,6 +115,7 @@ def launch(desk: Desk, port: int = 0, cache: Path | None = None) -> tuple[gr.Blo
 
 def studio(desk: Desk, port: int, opens: bool) -> int:
     """Serve the page until Ctrl-C; return the exit code."""
+    alone("studio")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with TemporaryDirectory(prefix="rediffuse-studio-") as cache:
         page, address = launch(desk, port, Path(cache))

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rediffuse.errors import ConfigError
+from rediffuse.errors import ConfigError, RediffuseError, TrainingError
+from rediffuse.processes import announced
 
 Value = TypeVar("Value")
 
@@ -69,14 +70,36 @@ class Devices:
         with open(os.devnull, "w") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
             yield
 
-    def agree(self, value: str | None) -> str:
-        """Tell every rank what the first one says."""
-        if self.ranks > 1:
-            box = [value]
-            torch.distributed.broadcast_object_list(box, src=0)
-            value = box[0]
-        assert value is not None
-        return value
+    def on_main(self, act: Callable[[], Value]) -> Value:
+        """Call `act` in the first process alone; return its result, or raise its error, in each.
+
+        Raises:
+            TrainingError: in the other processes, if `act` raised what is no RediffuseError.
+        """
+        if self.ranks == 1:
+            return act()
+        box: list[Any] = [None, None]  # the result, the error
+        raised: BaseException | None = None
+        if self.is_main:
+            try:
+                box[0] = act()
+            except BaseException as failed:
+                raised = failed
+                known = isinstance(failed, RediffuseError)
+                box[1] = failed if known else TrainingError(f"process 0 failed: {failed!r}")
+        torch.distributed.broadcast_object_list(box, src=0)
+        if error := raised or box[1]:
+            raise error
+        result: Value = box[0]
+        return result
+
+    def first_difference(self, mine: Mapping[str, Any]) -> str | None:
+        """Name the first process whose facts differ from those of process 0, and the facts."""
+        first, *others = self.everyones(mine)
+        for rank, theirs in enumerate(others, 1):
+            if names := [name for name in first if theirs.get(name) != first[name]]:
+                return f"process {rank} differs from process 0 in {', '.join(names)}"
+        return None
 
 
 class Ballot:
@@ -122,19 +145,53 @@ class Ballot:
 
 
 def choose(device: str = "auto") -> Devices:
-    """Take the best device there is, or the one asked for; join `accelerate launch`'s processes.
+    """Take the best device there is, or the one asked for; join `torchrun`'s other processes.
 
     Raises:
-        ConfigError: if the device asked for is not there.
+        ConfigError: if the device is not there, or the processes that were announced cannot join.
     """
-    if "LOCAL_RANK" in os.environ:
-        from accelerate import PartialState
-
-        state = PartialState(cpu=device == "cpu")
-        on = state.device if state.device.type != "cpu" else torch.device("cpu")  # not cpu:0
-        return Devices(on, state.process_index, state.num_processes)
+    rank, ranks = announced()
+    if ranks > 1:
+        return _joined(device, rank, ranks)
     if device == "auto":
         return Devices(torch.device(_best()))
+    return Devices(_checked(device))
+
+
+def _joined(device: str, rank: int, ranks: int) -> Devices:
+    """Join the other processes, on this one's GPU or on the CPU."""
+    asked = device
+    if device == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked not in ("cuda", "cpu"):
+        raise ConfigError(
+            f"device={device}: {ranks} processes work together with device=cuda, each on a GPU of "
+            "its own, or with device=cpu"
+        )
+    chosen = _checked(asked)
+    if chosen.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        chosen = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    if not torch.distributed.is_initialized():
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            torch.distributed.all_reduce(torch.zeros((), device=chosen))  # NCCL connects here
+        except (RuntimeError, ValueError) as failed:
+            why = str(failed).strip().splitlines()[0][:200]
+            raise ConfigError(
+                f"{ranks} processes cannot work together at {address}: {why}"
+            ) from None
+    return Devices(chosen, rank, ranks)
+
+
+def _checked(device: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -142,7 +199,7 @@ def choose(device: str = "auto") -> Devices:
         raise ConfigError(
             f"device={device}: not on this machine; device=auto takes {_best()} here"
         ) from None
-    return Devices(chosen)
+    return chosen
 
 
 @cache

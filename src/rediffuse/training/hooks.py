@@ -191,6 +191,12 @@ def digests(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, str]:
     In the order in which one brings the next to part.
     """
     found = {name: float(metrics[name]).hex() for name in ("loss", "gradient_norm")}
+    return found | state_digests(state)
+
+
+def state_digests(state: TrainState) -> dict[str, str]:
+    """SHA-256 of weights, average and optimizer, of equal states the same."""
+    found = {}
     found["weights"] = _sha256(
         state.network.state_dict() | state.learned.state_dict(prefix="learned.")
     )
