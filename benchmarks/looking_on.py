@@ -16,7 +16,8 @@ from pathlib import Path
 from benchmarks.measure import watch
 from rediffuse import launch
 from rediffuse.config.compose import compose
-from rediffuse.session import Session, planned_images
+from rediffuse.lengths import planned_images
+from rediffuse.session import Session
 from rediffuse.tracking.journal import Journal
 from rediffuse.tracking.mlflow import Mlflow
 from rediffuse.tracking.resources import Resources

@@ -1,6 +1,8 @@
 """N images, the end of the process, and N more are 2N images, bit for bit."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,36 @@ def test_a_run_made_longer_equals_one_that_was_planned_so(tmp_path: Path) -> Non
     rediffuse("train", f"resume_from_run_id={run}", LENGTH, root=tmp_path)
     assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
     assert metrics(tmp_path, golden) == metrics(tmp_path, run)
+
+
+def test_a_run_made_longer_with_its_horizon_typed_equals_one_that_was_planned_so(
+    tmp_path: Path,
+) -> None:
+    words = (*TINY, *EVERY, "training.previews=false", "rate=cosine", "rate.horizon_images=960")
+    golden = run_id(rediffuse("train", *words, LENGTH, root=tmp_path))
+    run = run_id(rediffuse("train", *words, "training.images=432", root=tmp_path))
+    rediffuse("resume", run, LENGTH, root=tmp_path)
+    assert_same_checkpoint(newest(tmp_path, golden), newest(tmp_path, run))
+    assert metrics(tmp_path, golden) == metrics(tmp_path, run)
+
+
+def test_a_run_made_longer_goes_on_to_learn_as_its_last_line_says(tmp_path: Path) -> None:
+    words = (*TINY, "training.previews=false", "rate=cosine", "training.log_every_images=48")
+    done = rediffuse("train", *words, "training.images=240", root=tmp_path)
+    run = run_id(done)
+    assert re.findall("resume  (.*)", done.stdout)[-1] == (
+        f"rediffuse resume {run} training.images=480"
+    )
+    resumed = rediffuse("resume", run, "training.images=480", root=tmp_path)
+    assert "changed rate.horizon_images after 240 images: 240, then 480\n" in resumed.stdout
+    logged = [row for row in metrics(tmp_path, run) if "learning_rate" in row]
+    rates = [row["learning_rate"] for row in logged if row["images"] > 240]
+    # Half a cosine from 96 images of warm-up to 480, at 288, 336, ... 480 images.
+    falling = [(1 + math.cos(math.pi * (images - 96) / 384)) / 2 for images in range(288, 481, 48)]
+    assert rates == pytest.approx([2e-3 * share for share in falling], rel=1e-6)
+    shown = json.loads(rediffuse("show", run, "--json", root=tmp_path).stdout)
+    assert shown["because"] == ["rate.horizon_images after 240 images: 240, then 480"]
+    assert "PASS" in rediffuse("reproduce", run, root=tmp_path).stdout
 
 
 LEARNING = {

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from rediffuse.data.batches import Batch, Batches, fixed
 from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
 from rediffuse.images import Images, of_run, prepare
 from rediffuse.legality import check
+from rediffuse.lengths import check_rate, longer, planned_images, with_horizon
 from rediffuse.processes import exit_code
 from rediffuse.randomness import RNG_SCHEME, Stream, normal, torch_seeded
 from rediffuse.runs import Record, Run
 from rediffuse.session import (
     Look,
     Session,
-    longer,
-    planned_images,
     say,
     send_what_is_missing,
     trackers_of,
@@ -89,6 +88,7 @@ def trained(
     devices = choose(config.device)
     images = prepare(config.data, home)
     config = settled(config, images, devices)
+    check_rate(config, 0, planned_images(config, images.per_epoch), _warn(devices))
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
     _check_equal(config, images, state, devices)
@@ -114,6 +114,7 @@ def resume(
     devices = choose(config.device)
     set_up(config, devices)
     images = of_run(run, config.data, trusted)
+    config = with_horizon(config, images.per_epoch, trusted, before=old)
     config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
@@ -126,9 +127,11 @@ def resume(
         if state.images_seen >= planned and record.status == "FINISHED":
             if devices.is_main:
                 say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
-                say(f"to go on: {longer(run, config)}")
+                say(f"to go on: {longer(run.id, config)}")
                 send_what_is_missing(run, config)
             return 0
+        grown = planned > planned_images(old, images.per_epoch)
+        check_rate(config, state.images_seen, planned, _warn(devices), trusted, refuse=grown)
         if devices.is_main:
             found = drift.note(run, changed, surroundings(images, devices), state.images_seen)
             write_atomically(run.config, dump_yaml(config).encode())
@@ -248,7 +251,7 @@ def settled(
     Raises:
         RediffuseError: if nothing fits, or the compiled network is another one.
     """
-    config = _resolved(config, images, set_up(config, devices))
+    config = _resolved(config, images, set_up(config, devices), trusted)
     config = _precision_settled(config, devices)
     if config.training.batch_size == AUTO:
         size = _largest_batch(config, images, devices, trusted)
@@ -256,11 +259,12 @@ def settled(
     return _compile_settled(config, images, devices, trusted)
 
 
-def _resolved(config: Config, images: Images, exactness: str) -> Config:
-    horizon = config.rate.horizon_images or planned_images(config, images.per_epoch)
-    rate = config.rate.model_copy(update={"horizon_images": horizon})
+def _resolved(
+    config: Config, images: Images, exactness: str, trusted: Sequence[str] | None
+) -> Config:
+    config = with_horizon(config, images.per_epoch, trusted)
     threads = config.threads or torch.get_num_threads()
-    return config.model_copy(update={"rate": rate, "determinism": exactness, "threads": threads})
+    return config.model_copy(update={"determinism": exactness, "threads": threads})
 
 
 def _precision_settled(config: Config, devices: Devices) -> Config:
@@ -395,6 +399,11 @@ def _forget_compiled(devices: Devices) -> None:
     """Free a trial's memory; and what served batches of two sizes would be slower for each."""
     if devices.device.type != "cpu":
         torch.compiler.reset()
+
+
+def _warn(devices: Devices) -> Callable[[str], None]:
+    """Write a line to standard error, from the first rank alone."""
+    return lambda line: tell(line, sys.stderr) if devices.is_main else None
 
 
 def _replayed(config: Config) -> bool:

@@ -14,9 +14,9 @@ from rediffuse.config.schema import Config
 from rediffuse.images import Images, prepare
 from rediffuse.launch import batches_of, few, fresh, settled
 from rediffuse.legality import check
+from rediffuse.lengths import planned_images
 from rediffuse.processes import alone
 from rediffuse.progress import Progress
-from rediffuse.session import planned_images
 from rediffuse.training import checkpoint, memory
 from rediffuse.training.devices import choose
 from rediffuse.training.memory import free_bytes

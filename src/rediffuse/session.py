@@ -1,7 +1,6 @@
 """What surrounds the loop in one process: what is recorded, shown and saved, and when."""
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from rediffuse.data.batches import Batch, fixed
 from rediffuse.errors import RediffuseError
 from rediffuse.images import Images
 from rediffuse.judging import Proxy
+from rediffuse.lengths import longer, planned_images
 from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.progress import Progress
@@ -263,7 +263,7 @@ class Session:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
         finished = run.read().status == "FINISHED" and state.images_seen >= self.planned
-        going_on = longer(run, self.config) if finished else f"rediffuse resume {run.id}"
+        going_on = longer(run.id, self.config) if finished else f"rediffuse resume {run.id}"
         say(f"  resume  {going_on}")
         say(f"  sample  rediffuse sample {run.id}")
 
@@ -371,27 +371,6 @@ def beginning(config: Config, recipe: Recipe) -> dict[str, Any]:
     }
     devices = recipe.devices
     return {"config": values, "ranks": devices.ranks, "device": devices.device.type}
-
-
-def planned_images(config: Config, per_epoch: int) -> int:
-    """How many images the run is meant to see."""
-    if config.training.images is not None:
-        return config.training.images
-    assert config.training.epochs is not None
-    return math.ceil(config.training.epochs * per_epoch)
-
-
-def longer(run: Run, config: Config) -> str:
-    """The command that makes a finished run go on for as long again."""
-    training, horizon = config.training, config.rate.horizon_images
-    length = f"images={2 * (training.images or 0)}"
-    if training.epochs is not None:
-        length = f"epochs={2 * training.epochs:g}"
-    # A rate that has fallen to the end of its horizon would stay there.
-    farther = (
-        f" rate.horizon_images={2 * horizon}" if horizon and config.rate.name != "constant" else ""
-    )
-    return f"rediffuse resume {run.id} training.{length}{farther}"
 
 
 def say(line: str) -> None:

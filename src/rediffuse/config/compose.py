@@ -60,6 +60,7 @@ def part_from_file(axis: str, name: str) -> Tree:
 
 
 _LENGTHS = ("training.epochs", "training.images")
+_HORIZON, _FOLLOWS = "rate.horizon_images", "rate.horizon_follows_plan"
 
 
 def refuse_groups(values: Sequence[tuple[str, Any]], tree: Tree) -> None:
@@ -89,6 +90,8 @@ def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
     for one, other in (_LENGTHS, _LENGTHS[::-1]):
         if one in given and other not in given:
             full.append((other, None))  # a length in epochs replaces one in images
+    if _HORIZON in given and _FOLLOWS not in given:
+        full.append((_FOLLOWS, dict(full)[_HORIZON] is None))  # a typed horizon stays
     for key, value in full:
         *sections, last = key.split(".")
         at = tree
@@ -161,7 +164,7 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
                 f"{key} is {was!r} in this run and cannot become {now!r} on the way; start a new "
                 "run for that (`rediffuse train ... parent_run_id=ID` records where it came from)"
             )
-    return {key: pair for key, pair in differing.items() if _under(key, DECLARED)}
+    return {key: pair for key, pair in differing.items() if not _under(key, FREE)}
 
 
 _MOST_RUNS = 10_000

@@ -159,9 +159,12 @@ class Training(Section):
 
 
 class Rate(Part):
-    """How the learning rate changes; `horizon_images` None is the length planned at the start."""
+    """How the learning rate changes, and over how many images."""
 
     horizon_images: PositiveInt | None = None
+    """the length over which it falls; null: the planned length"""
+    horizon_follows_plan: bool | None = None
+    """whether `rate.horizon_images` grows with the planned length; null: unless it is given"""
 
 
 class Average(Section):
@@ -226,6 +229,7 @@ class Config(Section):
 # What a resumed run may change (DESIGN: free, declared, fixed). Prefixes of full keys.
 FREE = (
     "name", "profile", "data.on_device", "data.workers", "data.path", "data.root",
+    "rate.horizon_follows_plan",
     "training.epochs", "training.images", "training.stop_after_images",
     "training.log_every_images", "training.validate_every_images", "training.preview_every_images",
     "training.checkpoint_every_images", "training.previews", "training.preview_count",

@@ -12,13 +12,14 @@ from rediffuse.config.schema import Config
 from rediffuse.errors import RediffuseError
 from rediffuse.launch import load_config
 from rediffuse.legality import check_sampling
+from rediffuse.lengths import longer
 from rediffuse.models import Model, find, load
 from rediffuse.processes import alone
 from rediffuse.report import curves, images, page
 from rediffuse.report.evaluations import evaluations
 from rediffuse.report.page import Section
 from rediffuse.runs import Run
-from rediffuse.session import longer, say
+from rediffuse.session import say
 from rediffuse.tracking.jsonl import read_metrics
 from rediffuse.tracking.tracker import Row
 
@@ -148,7 +149,7 @@ def _parameters(config: Config, classes: int, trust: Sequence[str]) -> int | Non
 def _commands(run: Run, facts: Facts, config: Config) -> dict[str, str]:
     """What to type next."""
     going_on = (
-        longer(run, config) if facts["status"] == "FINISHED" else f"rediffuse resume {run.id}"
+        longer(run.id, config) if facts["status"] == "FINISHED" else f"rediffuse resume {run.id}"
     )
     found = {"resume": going_on, "sample": f"rediffuse sample {run.id}"}
     if len(facts["command"]) > 1:
