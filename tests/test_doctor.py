@@ -3,13 +3,14 @@
 import json
 import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from cli import rediffuse
 
-from rediffuse import doctor
+from rediffuse import doctor, locks
 from rediffuse.doctor import Finding
 
 
@@ -69,17 +70,7 @@ def test_a_file_system_whose_locks_hold_nobody_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Open:
-        def __init__(self, *_: object, **__: object) -> None: ...
-
-        def acquire(self, **_: object) -> "Open":
-            return self
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(doctor, "FileLock", Open)
+    monkeypatch.setattr(locks, "hold", lambda *_: nullcontext())
     assert "taken twice" in found(capsys, tmp_path, 1)["root"]["told"]
 
 

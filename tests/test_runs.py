@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from rediffuse import drift, overview, runs
 from rediffuse.errors import RunError
@@ -300,7 +301,7 @@ def test_the_lock_is_free_again_after_an_error_inside(root):
 
 def test_a_look_at_the_status_does_not_turn_a_writer_away(root):
     run = Run(root / A)
-    looking = runs.FileLock(run.directory / ".lock", thread_local=False)
+    looking = FileLock(run.directory / ".lock", thread_local=False)
     looking.acquire()
     threading.Timer(0.1, looking.release).start()
     with locked(run):

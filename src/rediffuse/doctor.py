@@ -17,10 +17,9 @@ from urllib.request import urlopen
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
-from rediffuse import tables
+from rediffuse import locks, tables
 from rediffuse.errors import RunError
 from rediffuse.runs import runs_root
 from rediffuse.session import say
@@ -187,10 +186,13 @@ def writing(root: Path) -> Finding:
             _try_file_system(Path(folder))
     except OSError as failed:
         return Finding("fail", f"{place}: {failed.strerror or failed}", elsewhere)
-    except Timeout:
+    except locks.Timeout:
         return Finding("fail", f"{place}: a lock cannot be taken", elsewhere)
     kind = _file_system(place)
     told = f"{root}: written, synced, renamed and locked ({kind})"
+    if reason := locks.no_flock(place):
+        without = "after a process on another machine died, remove the .lock.held it left"
+        return Finding("warn", f"{told} by lock files: it has no flock ({reason})", without)
     if kind.startswith(_SHARED):
         return Finding("warn", told, "locks of other machines may not be seen here")
     return Finding("ok", told)
@@ -213,8 +215,8 @@ def _try_file_system(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
-    held, again = (FileLock(folder / "lock", is_singleton=False) for _ in range(2))
-    with held.acquire(timeout=5), suppress(Timeout), again.acquire(blocking=False):
+    lock = folder / "lock"
+    with locks.hold(lock, 5.0), suppress(locks.Timeout), locks.hold(lock, 0.0):
         raise OSError("a lock was taken twice")
 
 

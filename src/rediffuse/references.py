@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Int64, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from rediffuse import locks
 from rediffuse.data.packing import Packed, Part
 from rediffuse.data.splits import split
 from rediffuse.errors import ConfigError, RunError
@@ -188,7 +188,7 @@ def _alone_at(place: Path) -> Iterator[None]:
     """Hold the lock beside a file or folder that is made once."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.with_name(f".{place.name}.lock")):
+        with locks.hold(place.with_name(f".{place.name}.lock")):
             yield
     except OSError as failed:
         raise ConfigError(

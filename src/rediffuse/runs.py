@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rediffuse import locks
 from rediffuse.errors import RunError
 from rediffuse.reading import read_bytes
 from rediffuse.tracking.jsonl import write_atomically
@@ -217,23 +217,34 @@ def list_runs(root: Path) -> list[Run]:
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Be the only writer of a run; the operating system ends the lock with the process.
+    """Be the only writer of a run (`locks.hold`).
 
     Raises:
         RunError: if another process is, naming its host and process id.
     """
-    try:
-        held = FileLock(run.directory / ".lock").acquire(timeout=_LOCK_S, poll_interval=0.05)
-    except Timeout:
-        owner = _first_line(run.directory / ".owner") or "another process"
-        raise RunError(f"run {run.id} is in use by {owner}; wait for it or end it") from None
-    with held:
+    with ExitStack() as held:
+        try:
+            held.enter_context(locks.hold(_lock_of(run), _LOCK_S))
+        except locks.Timeout:
+            raise _in_use(run) from None
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
         _sweep(run)
         write_atomically(run.directory / ".owner", owner.encode())
         with _heartbeat(run.directory / ".owner"):
             yield
+
+
+def _in_use(run: Run) -> RunError:
+    owner = _first_line(run.directory / ".owner") or "another process"
+    message = f"run {run.id} is in use by {owner}; wait for it or end it"
+    if locks.no_flock(run.directory):
+        message += f", or remove {locks.marker(_lock_of(run))} if it is dead"
+    return RunError(message)
+
+
+def _lock_of(run: Run) -> Path:
+    return run.directory / ".lock"
 
 
 _ABANDONED_S = 3600.0
@@ -399,7 +410,7 @@ def _named(runs: Sequence[Run]) -> str:
 
 def _is_free(run: Run) -> bool:
     try:
-        with FileLock(run.directory / ".lock").acquire(blocking=False):
+        with locks.hold(_lock_of(run), timeout_s=0.0):
             return True
-    except (Timeout, OSError):  # OSError: somebody else's run, on which we may not write
+    except (locks.Timeout, OSError):  # OSError: somebody else's run, on which we may not write
         return False

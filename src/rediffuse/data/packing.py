@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
+from rediffuse import locks
 from rediffuse.data.ahead import ahead
 from rediffuse.data.decoding import to_square
 from rediffuse.data.sources import AnySource, Broken, Example, Examples, FileExamples
@@ -308,7 +308,7 @@ def _alone_at(folder: Path) -> Iterator[None]:
     """Hold the lock beside `folder`: what several processes want at once is packed once."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with locks.hold(folder.with_name(f".{folder.name}.lock")):
             yield
     except OSError as failed:
         raise DataError(f"{folder} cannot be written ({failed})") from failed

@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock
-
+from rediffuse import locks
 from rediffuse.errors import RunError
 from rediffuse.tracking.tracker import Row, Say, in_one_line
 
@@ -245,7 +244,7 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
     uri = elsewhere or _address(ours)
     root.mkdir(parents=True, exist_ok=True)
     artifacts = None if uri.startswith("http") else (root / "mlflow-artifacts").as_uri()
-    with FileLock(root / ".mlflow.lock", timeout=120):
+    with locks.hold(root / ".mlflow.lock", timeout_s=120.0):
         if not elsewhere and not ours.exists():
             for torn in root.glob(".mlflow-*.db*"):
                 torn.unlink()
