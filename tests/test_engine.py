@@ -1,5 +1,6 @@
 """The engine's own laws, on a network of one convolution."""
 
+import errno
 import json
 import math
 import shutil
@@ -395,6 +396,36 @@ def test_retention_keeps_the_newest_and_the_best_by_the_metric_asked_for(tmp_pat
     assert committed.best(tmp_path) == tmp_path / "step-00000001"
     assert committed.best(tmp_path, "loss") == tmp_path / "step-00000003"
     assert committed.best(tmp_path, "epoch/loss") is None
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def retained() -> list[str]:
+        committed.retain(tmp_path, 1, told.append)
+        return sorted(file.name[:19] for file in tmp_path.iterdir())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    save_as(fresh(), tmp_path, 1)
+    save_as(fresh(), tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuse)  # a file of it is in use
+        assert retained() == [".trash-step-0000000", "step-00000002"]
+        patched.setattr(Path, "rename", refuse)  # it is immutable
+        save_as_is(tmp_path, 3)
+        assert retained() == [".trash-step-0000000", "step-00000002", "step-00000003"]
+    assert len(told) == 3
+    assert all("could not be removed (Device or resource busy); it is tried" in t for t in told)
+    assert retained() == ["step-00000003"]
+
+
+def save_as_is(folder: Path, step: int) -> None:
+    """A copy of the newest checkpoint under the name of another step."""
+    shutil.copytree(committed.checkpoints(folder)[-1], folder / f"step-{step:08d}")
 
 
 def test_retention_keeps_the_first_after_every_multiple(tmp_path: Path) -> None:

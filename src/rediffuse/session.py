@@ -151,20 +151,29 @@ class Session:
         if not self._main or self._saved_step == state.step:
             return
         self._saving.wait()  # before there is a second copy of everything
-        saved, training = checkpoint.snapshot(state), self.config.training
+        saved = checkpoint.snapshot(state)
         self._saved_step = state.step
 
         def commit() -> None:
             checkpoint.write(saved, self.run.checkpoints)
+            self.run.update(images_seen=saved.images_seen)
+            self._retain()
+
+        self._saving.start(commit)
+
+    def _retain(self) -> None:
+        """Let old checkpoints go; a folder that cannot be listed is no reason to stop training."""
+        training = self.config.training
+        try:
             committed.retain(
                 self.run.checkpoints,
                 training.keep_checkpoints,
+                self._say,
                 every_images=training.keep_every_images,
                 metric=training.best_metric,
             )
-            self.run.update(images_seen=saved.images_seen)
-
-        self._saving.start(commit)
+        except OSError as failed:
+            self._say(f"old checkpoints are kept for now ({failed.strerror or failed})")
 
     def saved(self) -> None:
         """Wait until the last checkpoint is there; raise what kept it from being written."""

@@ -19,6 +19,7 @@ from contextlib import suppress
 from itertools import count as counting
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rediffuse.errors import CheckpointError, TrainingError
 from rediffuse.reading import read_bytes
@@ -125,12 +126,20 @@ def verify(checkpoint: Path) -> None:
 
 
 def retain(
-    folder: Path, latest: int, *, every_images: int | None = None, metric: str = "validation/loss"
+    folder: Path,
+    latest: int,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    every_images: int | None = None,
+    metric: str = "validation/loss",
 ) -> None:
     """Remove old checkpoints, once the newest one verifies.
 
     Kept are the newest `latest`, the one with the lowest `metric`, and the first one after each
-    multiple of `every_images`.
+    multiple of `every_images`. What cannot be removed is told, and tried again the next time.
+
+    Raises:
+        CheckpointError: if the newest one does not verify.
     """
     there = checkpoints(folder)
     verify(there[-1])
@@ -141,11 +150,15 @@ def retain(
             first.setdefault(saved["images_seen"] // every_images, checkpoint)
         first.pop(0, None)
         kept |= set(first.values())
-    for old in there:
-        if old not in kept:
-            doomed = old.with_name(f".trash-{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+    doomed = [*folder.glob(f"{_TRASH}*"), *(old for old in there if old not in kept)]
+    for old in doomed:
+        try:
+            _remove(old)
+        except OSError as failed:
+            tell(
+                f"{old} could not be removed ({failed.strerror or failed}); it is tried again "
+                "after the next checkpoint"
+            )
 
 
 def best(folder: Path, metric: str = "validation/loss") -> Path | None:
@@ -205,13 +218,28 @@ def _commit(final: Path, contents: Mapping[str, Callable[[], bytes]]) -> Path:
         _write(building / _MANIFEST, json_bytes({"format": FORMAT, "files": files}))
         _sync(building)
         if final.exists():  # a resumed run walks over the same steps again
-            shutil.rmtree(final)
+            _put_into_trash(final)
         building.rename(final)
         _sync(final.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     return final
+
+
+_TRASH = ".trash-"
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is none any more once its removal has begun."""
+    if not checkpoint.name.startswith(_TRASH):
+        checkpoint = _put_into_trash(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def _put_into_trash(checkpoint: Path) -> Path:
+    """Rename it to a free name; its removal may have failed before under another one."""
+    return checkpoint.rename(checkpoint.with_name(f"{_TRASH}{checkpoint.name}-{uuid4().hex}"))
 
 
 def _all_facts(folder: Path) -> dict[Path, dict[str, Any]]:
