@@ -14,7 +14,7 @@ import torch
 from cli import TINY
 from PIL import Image
 
-from rediffuse import drawing, drift, gallery, launch, overview, references, runs
+from rediffuse import cli, drawing, drift, gallery, launch, overview, references, runs, session
 from rediffuse import evaluate as door
 from rediffuse.config.compose import compose
 from rediffuse.drawing import Job, share
@@ -262,6 +262,59 @@ def test_an_evaluation_of_a_killed_run_outlives_a_torn_line_and_the_resumption(
     rows = read_metrics(run.metrics)
     assert [row["images"] for row in rows if found.metrics().items() <= row.items()] == [240]
     assert [row["images"] for row in rows if "loss" in row] == [*range(48, 481, 48)]
+
+
+class Tracker:
+    """A tracker in memory, which refuses everything while it is away."""
+
+    name = "wandb"
+    away = False
+
+    def __init__(self, *place: Any) -> None:
+        self.rows: list[tuple[float, set[str]]] = []
+
+    def open(self, params: dict[str, Any]) -> str:
+        if self.away:
+            raise ConnectionError("no route to host")
+        return "everything"
+
+    def metrics(self, rows: list[dict[str, float]]) -> None:
+        self.rows += [(row["images"], row.keys() - {"images", "time"}) for row in rows]
+
+    def artifact(self, *file: Any) -> None:
+        """Take it."""
+
+    def close(self, status: str) -> None:
+        """End the run."""
+
+
+def test_an_evaluation_that_a_tracker_missed_is_sent_by_any_later_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(session._TRACKERS, "wandb", lambda *place: tracker)
+    words = [word for word in TINY if word != "tracking=none"]
+    words += ["tracking.trackers=[wandb]", "training.images=96", "training.previews=false"]
+    config = compose(words)
+    assert launch.train(config, root=tmp_path) == 0
+    (run,) = runs.list_runs(tmp_path)
+    drawn = ["sample", run.id, "--n", "1", "--root", str(tmp_path)]
+    again: list[Callable[[Evaluation], Any]] = [
+        lambda found: launch.resume(run.id, root=tmp_path),
+        lambda found: door.record(run, config, [found]),
+        lambda found: cli.rediffuse.main(drawn, standalone_mode=False),
+    ]
+    for number, send in enumerate(again):
+        facts = {"way": f"way-{number}", "images_seen": 48}
+        found = Evaluation("ab", (FIGURE,), None, facts)
+        tracker.away, tracker.rows = True, []
+        door.record(run, config, [found])
+        assert tracker.rows == []
+        assert "sends the rest" in capfd.readouterr().err
+        tracker.away = False
+        for _ in range(2):
+            send(found)
+        assert tracker.rows == [(48, {*found.metrics()})]
 
 
 def test_damaged_references_and_evaluations_are_made_anew(

@@ -25,10 +25,9 @@ from rediffuse.errors import ConfigError, RunError
 from rediffuse.networks.unet import UNet
 from rediffuse.randomness import Stream, torch_seeded
 from rediffuse.tracking import feeder, mlflow, tensorboard
-from rediffuse.tracking.feeder import is_behind
-from rediffuse.tracking.journal import Journal, replay
+from rediffuse.tracking.journal import Journal, owes, replay
 from rediffuse.tracking.jsonl import append_metrics, cut_back, read_metrics
-from rediffuse.tracking.tracker import Row, Tracker
+from rediffuse.tracking.tracker import Held, Row, Tracker
 
 # MLflow's own tables, as the newest SQLAlchemy sees them.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -41,8 +40,8 @@ class Memory:
 
     name = "memory"
 
-    def __init__(self, failing: Container[int] = ()) -> None:
-        self.failing = failing
+    def __init__(self, failing: Container[int] = (), held: Held = "everything") -> None:
+        self.failing, self.held = failing, held
         self.failed = threading.Event()
         self.calls: list[str] = []
         self.points: list[tuple[str, int, float]] = []
@@ -54,8 +53,9 @@ class Memory:
             self.failed.set()
             raise ConnectionError("no route to host\nand a long story")
 
-    def open(self, params: Mapping[str, Any]) -> None:
+    def open(self, params: Mapping[str, Any]) -> Held:
         self._work(f"open {dict(params)}")
+        return self.held
 
     def metrics(self, rows: Sequence[Row]) -> None:
         self._work("metrics")
@@ -76,8 +76,9 @@ class Hanging(Memory):
         super().__init__()
         self.let_go = threading.Event()
 
-    def open(self, params: Mapping[str, Any]) -> None:
+    def open(self, params: Mapping[str, Any]) -> Held:
         self.let_go.wait(30)
+        return "everything"
 
 
 def points(rows: Sequence[Row]) -> list[tuple[str, int, float]]:
@@ -252,7 +253,7 @@ def test_a_tracker_that_fails_now_and_then_gets_everything_once(journal, lines, 
     assert tracker.calls[-1] == "close FINISHED"
     told = "memory: no route to host (nothing is lost; trying again)"
     assert lines == [told] * bool(failing)
-    assert not is_behind(tmp_path, "memory")
+    assert not owes(tmp_path, "memory")
 
 
 def test_a_tracker_that_hangs_neither_slows_training_nor_holds_its_end(journal, lines, tmp_path):
@@ -266,8 +267,8 @@ def test_a_tracker_that_hangs_neither_slows_training_nor_holds_its_end(journal, 
     assert not run.close("FINISHED", timeout_s=1.0)
     assert time.monotonic() - began < 3.0
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(working.points) == 100
-    assert is_behind(tmp_path, "memory")
-    assert not is_behind(tmp_path, "working")
+    assert owes(tmp_path, "memory")
+    assert not owes(tmp_path, "working")
     assert lines == [
         "memory: not everything was delivered in time; the run's own files are complete, and "
         f"`rediffuse resume {tmp_path.name}` sends the rest"
@@ -287,7 +288,84 @@ def test_what_a_tracker_missed_is_sent_by_a_later_process_once(journal, lines, t
         seen = [tmp_path / "samples/preview-0000000001.png"] if late.calls[1:-1] else []
         assert late.points == points(read_metrics(tmp_path / "metrics.jsonl"))[: len(seen)]
         assert [content for _, content in late.files] == [path.read_bytes() for path in seen]
-    assert late.calls == ["open {}", "close KILLED"]
+    assert late.calls == []
+
+
+EVALUATION = {"evaluation/fd_classifier_40/heun-18-g1-average": 3.25}
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_rows_that_are_added_in_any_order_reach_a_tracker_once_whoever_sends_them(
+    journal, lines, tmp_path, away
+):
+    trackers, path = [Memory()], tmp_path / "metrics.jsonl"
+    run = journal(*trackers)
+    run.start(0)
+    run.metrics({"loss": 1.0}, 30)
+    assert run.close("FINISHED", timeout_s=20.0)
+    for images in (30, 10, 20, 10):  # the last one with another value
+        append_metrics(path, {name: images + len(trackers) for name in EVALUATION}, images)
+        assert owes(tmp_path, "memory")
+        if away:
+            down = Memory(failing=range(10**9))
+            assert not replay(tmp_path, [down], {}, lines.append, "FINISHED", timeout_s=20.0)
+            assert down.calls == ["open {}"]  # tried once
+            assert lines[-2:] == [
+                "memory: no route to host (nothing is lost)",
+                "memory: not everything was delivered in time; the run's own files are complete, "
+                f"and `rediffuse resume {tmp_path.name}` sends the rest",
+            ]
+        trackers.append(Memory())
+        assert replay(tmp_path, trackers[-1:], {}, lines.append, "FINISHED", timeout_s=20.0)
+        assert not owes(tmp_path, "memory")
+        assert len(trackers[-1].points) == 1
+    sent = [point for tracker in trackers for point in tracker.points]
+    assert sent == points(read_metrics(path))
+
+
+def test_a_row_that_comes_out_otherwise_when_trained_again_is_sent_too(journal, tmp_path):
+    first, second = Memory(), Memory()
+    for tracker, images, scale in ((first, 10, 1.0), (second, 10, 2.0)):
+        run = journal(tracker)
+        run.start(images)
+        for after in (20, 30):
+            run.metrics({"loss": scale * after}, after)
+        assert run.close("KILLED", timeout_s=20.0)
+    assert second.points == [("loss", 20, 40.0), ("loss", 30, 60.0)]
+
+
+@pytest.mark.parametrize(("held", "again"), [("everything", 0), ("closed", 1), ("nothing", 2)])
+def test_what_a_tracker_does_not_hold_any_more_is_sent_again(journal, tmp_path, held, again):
+    """The second process delivers and is not confirmed, the third begins with what is held."""
+    trackers = [Memory(), Memory(failing=[3]), Memory(held=held)]
+    for images, tracker in enumerate(trackers):
+        if images < 2:
+            run = journal()
+            run.start(images)
+            run.metrics({"loss": 1.0 + images}, images)
+            run.images("preview", GRIDS[3], images)
+        confirmed = replay(tmp_path, [tracker], {}, print, "KILLED", timeout_s=20.0)
+        assert confirmed == (images != 1)
+    assert len(trackers[1].points) == len(trackers[1].files) == 1
+    assert [value for *_, value in trackers[2].points] == [1.0, 2.0][2 - again :]
+    assert len(trackers[2].files) == again
+
+
+def test_the_record_of_an_earlier_version_is_understood(lines, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    name = next(iter(EVALUATION))
+    for images, key in ((10, "loss"), (20, "loss"), (20, name), (10, name), (30, "loss")):
+        append_metrics(path, {key: images / 7}, images)
+    (tmp_path / "logs").mkdir()
+    old = {"metrics": {"loss": 20, name: 20}, "artifacts": 0, "closed": "FINISHED"}
+    (tmp_path / "logs" / "memory.json").write_text(json.dumps(old))
+    late = Memory()
+    assert owes(tmp_path, "memory")
+    assert replay(tmp_path, [late], {}, lines.append, "FINISHED", timeout_s=20.0)
+    # It never sent an evaluation of fewer images than one before, and did not come to the last row.
+    assert late.points == [(name, 10, 10 / 7), ("loss", 30, 30 / 7)]
+    assert not owes(tmp_path, "memory")
+    assert replay(tmp_path, [Memory(failing=range(9))], {}, lines.append, "FINISHED")
 
 
 def test_a_file_that_was_sent_is_not_sent_by_the_next_process(journal, lines, tmp_path):
@@ -347,16 +425,8 @@ def test_a_row_that_comes_out_the_same_again_keeps_what_clock_and_machine_said_f
     assert changed == {"images": 30, "loss": 0.5, "bad": 1.0, "images_per_s": 7.0}
 
 
-class Emptied(Memory):
-    """A tracker that has nothing of the run, whatever it was given."""
-
-    def open(self, params: Mapping[str, Any]) -> bool:
-        super().open(params)
-        return True
-
-
 def test_a_tracker_that_lost_the_run_gets_all_of_it_again(journal, tmp_path):
-    for tracker, images in ((Memory(), 1), (Emptied(), 2)):
+    for tracker, images in ((Memory(), 1), (Memory(held="nothing"), 2)):
         run = journal(tracker)
         run.start(images - 1)
         run.metrics({"loss": images / 3}, images)
@@ -366,14 +436,25 @@ def test_a_tracker_that_lost_the_run_gets_all_of_it_again(journal, tmp_path):
     assert [name[-5:] for name, _ in tracker.files] == ["1.png", "2.png"]
 
 
-def test_a_damaged_book_of_deliveries_stops_the_copies_and_not_the_training(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("memory.json", '{"sent": 1}'),
+        ("memory.json", '{"metrics": 3, "artifacts": 0, "closed": null}'),
+        ("memory.jsonl", '{"images": 1, "time": 0.5, "rows": [1]}\n'),
+        ("memory.jsonl", '{"images": 1, "time": 0.5, "opened": "perhaps"}\n'),
+    ],
+)
+def test_a_damaged_record_of_deliveries_stops_the_copies_and_not_the_training(
+    tmp_path, name, content
+):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "memory.json").write_text('{"sent": 1}')
+    (tmp_path / "logs" / name).write_text(content)
     told: Queue[str] = Queue()
     run = Journal(tmp_path, [Memory()], {}, told.put)
     run.start(0)
     run.metrics({"loss": 1.0}, 1)
-    assert "memory.json is damaged; delete it" in told.get(timeout=20)
+    assert f"{name} is damaged; delete it" in told.get(timeout=20)
     assert not run.close("FINISHED", timeout_s=0.0)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
@@ -526,6 +607,20 @@ def test_after_a_kill_and_a_resume_mlflow_has_the_rows_of_the_run_each_once(stor
     assert "drift.deep" not in copied.data.tags
     stored = client.download_artifacts(ids[0], "samples/" + path.name)
     assert Path(stored).read_bytes() == path.read_bytes()
+    assert lines == []
+
+
+def test_mlflow_gets_an_evaluation_of_an_older_checkpoint_after_a_newer_one(store, client, lines):
+    root, ids = store
+    run = root / ids[1]
+    for images in (30, 10, 20):
+        append_metrics(run / "metrics.jsonl", {"evaluation/fd": images / 7}, images)
+        assert replay(run, [mlflow_of(run)], {}, lines.append, "KILLED", timeout_s=60.0)
+    # The record of what was sent is lost: MLflow has every point, and takes none twice.
+    (run / "logs" / "mlflow.jsonl").unlink()
+    assert replay(run, [mlflow_of(run)], {}, lines.append, "KILLED", timeout_s=60.0)
+    found = client.get_metric_history(run.name, "evaluation/fd")
+    assert [(point.step, point.value) for point in found] == [(i, i / 7) for i in (30, 10, 20)]
     assert lines == []
 
 

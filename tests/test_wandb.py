@@ -217,6 +217,25 @@ def test_a_server_that_never_answers_holds_no_process(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / ID / "metrics.jsonl")) == 4
 
 
+def test_online_an_evaluation_of_an_older_checkpoint_is_logged_after_a_newer_one(
+    tmp_path: Path,
+) -> None:
+    """What training had logged up to 20 images is not repeated."""
+
+    class Logged(list[dict[str, Any]]):
+        def log(self, values: dict[str, Any]) -> None:
+            self.append(values)
+
+    tracker = wandb.tracker(tmp_path / ID, "tests", None, None)
+    tracker._run, tracker._held = Logged(), 20
+    named = "evaluation/fd_classifier_40/heun-18-g1-average"
+    rows = [{"images": images, "loss": 1.0} for images in (10.0, 20.0, 30.0)]
+    tracker.metrics([{**row, "time": 0.5} for row in (*rows, {"images": 10.0, named: 2.0})])
+    assert [(row["images"], row.get(named)) for row in tracker._run] == [
+        (20, None), (30, None), (10, 2.0),
+    ]  # fmt: skip
+
+
 def test_without_its_package_wandb_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ import torch
 from rediffuse import tables
 from rediffuse.config.schema import Config, Sampling
 from rediffuse.drawing import Job
-from rediffuse.errors import ConfigError, RunError
+from rediffuse.errors import ConfigError, RediffuseError, RunError
 from rediffuse.evaluation.card import Card, digest_of
 from rediffuse.evaluation.figures import Figure, short, shown_spread
 from rediffuse.evaluation.measures import INCEPTION
@@ -35,8 +35,7 @@ from rediffuse.progress import Progress
 from rediffuse.reading import read_object
 from rediffuse.references import joined, looked_at, networks, real_parts
 from rediffuse.runs import Run, locked, runs_root
-from rediffuse.session import say, trackers_of
-from rediffuse.tracking.journal import replay
+from rediffuse.session import say, send_what_is_missing
 from rediffuse.tracking.jsonl import EVALUATION, append_metrics, read_metrics, write_atomically
 from rediffuse.training.devices import Devices, choose
 from rediffuse.words import did_you_mean, json_text, tell
@@ -375,7 +374,7 @@ def kept(file: Path, key: str) -> Evaluation | None:
 
 
 def record(run: Run, config: Config, found: Sequence[Evaluation]) -> None:
-    """Add figures to the run's metrics where they are not among them; send them to its trackers.
+    """Add figures to the run's metrics where they are not among them; send trackers what they miss.
 
     A run that is being trained has its one writer already: its figures stay in their files until
     they are asked for again.
@@ -383,19 +382,13 @@ def record(run: Run, config: Config, found: Sequence[Evaluation]) -> None:
     try:
         with locked(run):
             known = read_metrics(run.metrics)
-            rows = [
-                (evaluation.facts["images_seen"], evaluation.metrics())
-                for evaluation in found
-                if not any(evaluation.metrics().items() <= row.items() for row in known)
-            ]
-            for images_seen, named in rows:
-                append_metrics(run.metrics, named, images_seen)
-            there = run.read()
-            trackers = trackers_of(config, run, there.parent)
-            if rows and trackers and there.status != "RUNNING":  # else resuming sends them
-                replay(run.directory, trackers, config.model_dump(), note, there.status)
-    except RunError as busy:
-        note(f"no tracker was told: {busy}")
+            for evaluation in found:
+                if not any(evaluation.metrics().items() <= row.items() for row in known):
+                    images_seen = evaluation.facts["images_seen"]
+                    append_metrics(run.metrics, evaluation.metrics(), images_seen)
+            send_what_is_missing(run, config, note)
+    except RediffuseError as refused:
+        note(f"trackers did not receive these figures: {refused}")
 
 
 # Told

@@ -23,11 +23,11 @@ from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.progress import Progress
 from rediffuse.randomness import order
-from rediffuse.runs import Run, Status
+from rediffuse.runs import Run, Status, locked
 from rediffuse.serving import export
 from rediffuse.tracking import mlflow, tensorboard, wandb
-from rediffuse.tracking.feeder import is_behind
-from rediffuse.tracking.journal import Journal, replay
+from rediffuse.tracking.feeder import CLOSE_S
+from rediffuse.tracking.journal import REPLAY_S, Journal, replay
 from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
 from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker
@@ -359,16 +359,37 @@ def trackers_of(config: Config, run: Run, parent: str | None) -> list[Tracker]:
     return [_TRACKERS[name](*place, **more.get(name, {})) for name in tracking.trackers]
 
 
-def send_what_is_missing(run: Run, config: Config) -> None:
-    """Send trackers what they missed of a run that has ended; hold its lock."""
+def send_what_is_missing(
+    run: Run,
+    config: Config,
+    to: Callable[[str], None] | None = None,
+    timeout_s: float = REPLAY_S,
+) -> None:
+    """Send trackers what they miss of a run that has ended; hold its lock.
+
+    Everything that stands in the run's files and was not delivered is sent, whichever process
+    wrote it. A run that is still RUNNING, or was killed so, sends it when it goes on. Lines for the
+    user go `to` a function, by default to standard output.
+
+    Raises:
+        RediffuseError: if a tracker is not installed, or its record is damaged.
+    """
     record = run.read()
-    behind = [
-        tracker
-        for tracker in trackers_of(config, run, record.parent)
-        if is_behind(run.directory, tracker.name)
-    ]
-    if behind:
-        replay(run.directory, behind, config.model_dump(), say, record.status)
+    if record.status != "RUNNING":
+        trackers = trackers_of(config, run, record.parent)
+        params = config.model_dump()
+        replay(run.directory, trackers, params, to or say, record.status, timeout_s)
+
+
+def send_if_free(run: Run, config: Config) -> None:
+    """Send trackers what they miss, unless another process holds the run; never raise for it."""
+    with suppress(RediffuseError, OSError), locked(run):
+        send_what_is_missing(run, config, say_beside, CLOSE_S)
+
+
+def say_beside(line: str) -> None:
+    """Tell the user one line on standard error, beside a command's results."""
+    tell(line, sys.stderr)
 
 
 def beginning(config: Config, recipe: Recipe) -> dict[str, Any]:

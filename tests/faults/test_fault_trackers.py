@@ -21,7 +21,7 @@ from cli import TINY
 from faults_harness import Zygote
 
 from rediffuse.tracking import mlflow
-from rediffuse.tracking.jsonl import read_metrics
+from rediffuse.tracking.jsonl import lines_since, read_metrics
 from rediffuse.tracking.tracker import redacted
 
 PATIENCE_S = 600.0
@@ -213,12 +213,15 @@ KILLED_AFTER_DELIVERY = (
     """
 import os, signal, time
 from rediffuse.tracking.journal import Journal
+from rediffuse.tracking.jsonl import lines_since
 write = Journal.metrics
+def delivered(run):
+    lines = lines_since(run / "logs" / "mlflow.jsonl", 0)
+    return max((line["images"] for line, _ in lines if "rows" in line), default=0)
 def metrics(self, values, images_seen):
     write(self, values, images_seen)
-    book = self._directory / "logs" / "mlflow.json"
     if images_seen == {images}:
-        while not book.exists() or '"loss": {delivered}' not in book.read_text():
+        while delivered(self._directory) < {delivered}:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
 Journal.metrics = metrics
@@ -397,9 +400,9 @@ def free_port() -> int:
 
 
 def delivered(root: Path, run: str) -> int:
-    """How many images MLflow has the loss of, as the run's own book says."""
-    book = root / run / "logs" / "mlflow.json"
-    return json.loads(book.read_text())["metrics"].get("loss", 0) if book.exists() else 0
+    """The images seen of the last row that MLflow has, as the run's own record says."""
+    lines = lines_since(root / run / "logs" / "mlflow.jsonl", 0)
+    return max((line["images"] for line, _ in lines if "rows" in line), default=0)
 
 
 def steps(root: Path, run: str) -> int:

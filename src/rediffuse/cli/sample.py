@@ -111,4 +111,24 @@ def sample(run_id: str | None, option: str | None, **how: object) -> int:
     from rediffuse import gallery
 
     asked = gallery.Options(**how)  # type: ignore[arg-type]
-    return gallery.sample(options.run_argument(run_id, option), asked)
+    word = options.run_argument(run_id, option)
+    code = gallery.sample(word, asked)
+    _send_what_is_missing(word, asked.root)
+    return code
+
+
+def _send_what_is_missing(word: str, root: Path | None) -> None:
+    """Send trackers what they miss of the run, with nothing imported where they miss nothing."""
+    from rediffuse.config.compose import checked, read_yaml
+    from rediffuse.models import find
+    from rediffuse.processes import announced
+    from rediffuse.tracking.journal import owes
+
+    run = find(word, root)
+    config = checked(read_yaml(run.config))
+    if announced()[0] or run.read().status == "RUNNING":
+        return
+    if any(owes(run.directory, tracker) for tracker in config.tracking.trackers):
+        from rediffuse.session import send_if_free
+
+        send_if_free(run, config)

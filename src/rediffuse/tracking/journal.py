@@ -9,11 +9,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from rediffuse.tracking.deliveries import Deliveries
 from rediffuse.tracking.feeder import ARTIFACTS, CLOSE_S, Feeder, close_all
 from rediffuse.tracking.jsonl import (
     append,
     append_metrics,
     cut_back,
+    lines_since,
+    metrics_since,
     read_metrics,
     write_atomically,
 )
@@ -33,8 +36,8 @@ class Journal:
         self, directory: Path, trackers: Sequence[Tracker], params: Mapping[str, Any], say: Say
     ) -> None:
         self._directory = directory
-        flat = {k: redacted(v) if isinstance(v, str) else v for k, v in leaves(params)}
         self._undone: dict[int, list[Row]] = {}
+        flat = _masked(params)
         self._feeders = [Feeder(tracker, directory, flat, say) for tracker in trackers]
 
     def start(self, images_seen: int | None) -> None:
@@ -94,18 +97,45 @@ class Journal:
         return close_all(self._feeders, status, timeout_s)
 
 
+REPLAY_S = 300.0
+"""A command waits no longer for trackers that take what they missed; those that fail end sooner."""
+
+
 def replay(
     directory: Path,
     trackers: Sequence[Tracker],
     params: Mapping[str, Any],
     say: Say,
     status: str,
-    timeout_s: float = CLOSE_S,
+    timeout_s: float = REPLAY_S,
 ) -> bool:
-    """Send what trackers miss of a run that ended as `status`; hold the run's lock meanwhile."""
-    late = Journal(directory, trackers, params, say)
-    late.start(None)
-    return late.close(status, timeout_s)
+    """Send trackers what they miss of a run that ended as `status`; hold the run's lock meanwhile.
+
+    Each is tried once.
+
+    Raises:
+        RunError: if the record of what they have is damaged.
+    """
+    for file in (directory / "metrics.jsonl", directory / ARTIFACTS):
+        cut_back(file, None)
+    behind = [tracker for tracker in trackers if owes(directory, tracker.name)]
+    flat = _masked(params)
+    feeders = [Feeder(tracker, directory, flat, say, once=True) for tracker in behind]
+    for feeder in feeders:
+        feeder.start()
+    return close_all(feeders, status, timeout_s)
+
+
+def owes(directory: Path, tracker: str) -> bool:
+    """Whether a tracker has not received, or not confirmed, all that an ended run has for it.
+
+    Raises:
+        RunError: if the record of what it has, or what there is, is damaged.
+    """
+    known = Deliveries(directory, tracker)
+    rows = metrics_since(directory / "metrics.jsonl", 0)
+    listed = lines_since(directory / ARTIFACTS, known.artifacts)
+    return known.closed is None or any(r not in known for r, _ in rows) or any(True for _ in listed)
 
 
 def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -125,3 +155,7 @@ def is_clocked(metric: str) -> bool:
 def _trained(row: Mapping[str, Number]) -> dict[str, str]:
     """What training decided of a row, as text, in which nan equals nan."""
     return {key: repr(float(value)) for key, value in row.items() if not is_clocked(key)}
+
+
+def _masked(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: redacted(v) if isinstance(v, str) else v for k, v in leaves(params)}

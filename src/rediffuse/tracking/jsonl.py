@@ -77,7 +77,7 @@ def cut_back(path: Path, images_seen: int | None, undone: Path | None = None) ->
     content, start = path.read_bytes(), 0
     left, removed = bytearray(), bytearray()
     for line, end in lines_since(path, 0):
-        if line["images"] > images_seen and not _is_evaluation(line):
+        if line["images"] > images_seen and not is_evaluation(line):
             removed += content[start:end]
         else:
             left += content[start:end]
@@ -90,6 +90,12 @@ def cut_back(path: Path, images_seen: int | None, undone: Path | None = None) ->
         os.truncate(path, len(left))  # needs no room on a full disk
     else:
         write_atomically(path, bytes(left))
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a row was measured by an evaluation and not while training."""
+    metrics = line.keys() - {"images", "time"}
+    return bool(metrics) and all(key.startswith(EVALUATION) for key in metrics)
 
 
 def append(
@@ -174,11 +180,6 @@ def _mended(path: Path, file: FileIO) -> int:
         file.truncate(end - len(torn))
         return end - len(torn)
     return end + file.write(b"\n")
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    metrics = line.keys() - {"images", "time"}
-    return bool(metrics) and all(key.startswith(EVALUATION) for key in metrics)
 
 
 def _decoded(path: Path, line: bytes, end: int) -> dict[str, Any]:

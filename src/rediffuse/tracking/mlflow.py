@@ -4,9 +4,11 @@ The store is `$MLFLOW_TRACKING_URI` where that is set, else `<root>/mlflow.db`, 
 `<root>/mlflow-artifacts`. Importing MLflow takes seconds, so it happens at first use.
 """
 
+import math
 import os
 import queue
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +20,7 @@ from uuid import uuid4
 
 from rediffuse import locks
 from rediffuse.errors import RunError
-from rediffuse.tracking.tracker import Row, Say, in_one_line
+from rediffuse.tracking.tracker import Held, Row, Say, in_one_line
 
 START_S = 30.0
 """The start of a run waits no longer for MLflow; its tables alone take 3 s on an idle machine."""
@@ -27,6 +29,9 @@ START_S = 30.0
 METRICS_AT_ONCE, PARAMS_AT_ONCE, PARAM_LENGTH, KEY_LENGTH = 1000, 100, 6000, 250
 
 _ID = re.compile("[0-9a-f]{32}")
+
+Point = tuple[int, int, str]
+"""A value of a metric as MLflow keeps it: its step, its time in ms, the value as text."""
 
 MODEL = "model"
 """What a run's model is called: `runs:/<run id>/model`."""
@@ -121,9 +126,10 @@ class Mlflow:
         self._client: Any = None
         self._experiment_id = ""
         self._id = directory.name
-        self._held: dict[str, int] = {}
+        self._known: set[str] = set()
+        self._held: dict[str, set[Point]] = {}
 
-    def open(self, params: Mapping[str, Any]) -> bool:
+    def open(self, params: Mapping[str, Any]) -> Held:
         """Set the run RUNNING; parameters are written once, later ones are tags `drift.<name>`."""
         from mlflow.entities import Param, RunTag
 
@@ -131,7 +137,7 @@ class Mlflow:
         run = self._find(self._experiment_id)
         self._id = run.info.run_id
         self._client.update_run(self._id, status="RUNNING")
-        self._held = {key: self._last_step(key) for key in run.data.metrics}
+        self._known, self._held = set(run.data.metrics), {}
         wanted = {_key(key): str(value)[:PARAM_LENGTH] for key, value in params.items()}
         known = run.data.params
         drift = {_key(f"drift.{k}"): v for k, v in wanted.items() if known.get(k, v) != v}
@@ -141,22 +147,20 @@ class Mlflow:
         fresh = [Param(key, value) for key, value in wanted.items() if key not in known]
         for some in _chunks(fresh, PARAMS_AT_ONCE):
             self._client.log_batch(self._id, params=some)
-        return not self._held
+        return "everything" if self._known else "nothing"
 
     def metrics(self, rows: Sequence[Row]) -> None:
-        """Send what is after the last step that MLflow had at `open`.
-
-        Within one process a repetition is equal in name, step, time and value; MLflow drops those.
-        """
+        """Send the points that MLflow does not have; a process may have ended as it sent them."""
         from mlflow.entities import Metric
 
         points = [
             Metric(_key(key), value, round(row["time"] * 1000), int(row["images"]))
             for row in rows
             for key, value in row.items()
-            if key not in ("images", "time") and row["images"] > self._held.get(_key(key), -1)
+            if key not in ("images", "time")
         ]
-        for some in _chunks(points, METRICS_AT_ONCE):
+        missing = [point for point in points if _identity(point) not in self._points(point.key)]
+        for some in _chunks(missing, METRICS_AT_ONCE):
             self._client.log_batch(self._id, metrics=some)
 
     def artifact(self, path: Path, name: str, images_seen: int) -> None:
@@ -212,8 +216,12 @@ class Mlflow:
         if not any(version.source == source for version in known):
             self._client.create_model_version(name, source, **told)
 
-    def _last_step(self, key: str) -> int:
-        return max(point.step for point in self._client.get_metric_history(self._id, key))
+    def _points(self, key: str) -> set[Point]:
+        """What MLflow had of a metric when it was first needed."""
+        if key not in self._held:
+            there = self._client.get_metric_history(self._id, key) if key in self._known else ()
+            self._held[key] = {_identity(point) for point in there}
+        return self._held[key]
 
     def _find(self, experiment_id: str) -> Any:
         """MLflow's run: of our id, or made later for a run that started without MLflow."""
@@ -311,6 +319,14 @@ def _checked(run: Any) -> Any:
             "the server's answer names no run; is $MLFLOW_TRACKING_URI an MLflow server?"
         )
     return run
+
+
+def _identity(point: Any) -> Point:
+    """Step, time and value; for an infinite value MLflow keeps the largest one there is."""
+    value = float(point.value)
+    if math.isinf(value):
+        value = math.copysign(sys.float_info.max, value)
+    return point.step, point.timestamp, repr(value)
 
 
 def _key(name: str) -> str:

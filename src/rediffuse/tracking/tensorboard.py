@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from rediffuse.errors import ConfigError
-from rediffuse.tracking.tracker import Row
+from rediffuse.tracking.tracker import Held, Row
 
 
 def tracker(
@@ -66,7 +66,7 @@ class TensorBoard:
         self._writer: Any = None
         self._ended: Any = None
 
-    def open(self, params: Mapping[str, Any]) -> bool:
+    def open(self, params: Mapping[str, Any]) -> Held:
         """Start a new event file beside those of earlier processes."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -77,7 +77,7 @@ class TensorBoard:
         experiment, begun, self._ended = hparams(dict(_plain(params)), dict.fromkeys(FINAL, 0.0))
         for summary in (experiment, begun):
             self._writer.file_writer.add_summary(summary)
-        return fresh
+        return "nothing" if fresh else "everything"
 
     def metrics(self, rows: Sequence[Row]) -> None:
         """Write rows as scalars."""

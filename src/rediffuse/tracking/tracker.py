@@ -4,12 +4,15 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Number = int | float
 
 Row = dict[str, float]
 """One line of `metrics.jsonl`: `images` seen so far, `time` in Unix seconds, and the metrics."""
+
+Held = Literal["everything", "closed", "nothing"]
+"""What a tracker still has of what it was given: all, all up to its last `close`, or nothing."""
 
 Say = Callable[[str], None]
 """Takes one line for the user."""
@@ -27,14 +30,14 @@ class Tracker(Protocol):
     def name(self) -> str:
         """One word: how messages and `<run>/logs/<name>.json` call it."""
 
-    def open(self, params: Mapping[str, Any]) -> bool | None:
+    def open(self, params: Mapping[str, Any]) -> Held:
         """Begin, or go on with, the run; `params` are its flat configuration.
 
-        True says that it has no metrics of the run, whatever it was given: all is sent again.
+        What the tracker does not hold any more is sent again.
         """
 
     def metrics(self, rows: Sequence[Row]) -> None:
-        """Take rows in the order of their images."""
+        """Take rows; an evaluation of an old checkpoint has fewer images than rows before it."""
 
     def artifact(self, path: Path, name: str, images_seen: int) -> None:
         """Take a file; `name` is its path inside the run, `samples/preview-00001280.png`."""

@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image
 
 from rediffuse.errors import ConfigError, RunError
-from rediffuse.tracking.tracker import Row
+from rediffuse.tracking.jsonl import is_evaluation
+from rediffuse.tracking.tracker import Held, Row
 
 # Well within what the end of a run waits for a tracker.
 INIT_S, FINISH_S = 8.0, 5.0
@@ -67,7 +68,7 @@ class Wandb:
         self._run: Any = None
         self._held = -1
 
-    def open(self, params: Mapping[str, Any]) -> bool:
+    def open(self, params: Mapping[str, Any]) -> Held:
         """Begin a run of our id, or go on with it.
 
         Raises:
@@ -78,20 +79,24 @@ class Wandb:
         self._run.define_metric("images")
         self._run.define_metric("*", step_metric="images")
         if self._run.offline:
-            return not any(path.name.startswith("offline-") for path in known)
+            was_there = any(path.name.startswith("offline-") for path in known)
+            return "everything" if was_there else "nothing"
+        if not self._run.resumed:
+            return "nothing"
         # A process may have ended before all that it was given was uploaded.
-        self._held = int(self._run.summary.get("images", -1)) if self._run.resumed else -1
-        return True
+        self._held = int(self._run.summary.get("images", -1))
+        return "closed"
 
     def metrics(self, rows: Sequence[Row]) -> None:
-        """Log rows, from the last images on that W&B had at `open`."""
+        """Log rows; those of training from the last images on that W&B had at `open`."""
         for row in rows:
             values = {key: value for key, value in row.items() if key not in ("images", "time")}
-            self._log(values, int(row["images"]), row["time"])
+            if is_evaluation(row) or row["images"] >= self._held:
+                self._log(values, int(row["images"]), row["time"])
 
     def artifact(self, path: Path, name: str, images_seen: int) -> None:
         """Show a PNG, under its name without the number; other files stay in the run only."""
-        if path.suffix == ".png":
+        if path.suffix == ".png" and images_seen >= self._held:
             import wandb
 
             tag = name.removesuffix(".png").rpartition("-")[0] or name
@@ -139,8 +144,7 @@ class Wandb:
             raise
 
     def _log(self, values: Mapping[str, Any], images_seen: int, at: float) -> None:
-        if images_seen >= self._held:
-            self._run.log({**values, "images": images_seen, "_timestamp": at})
+        self._run.log({**values, "images": images_seen, "_timestamp": at})
 
 
 def _imported() -> Any:
