@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -694,6 +695,39 @@ def test_a_root_that_no_database_address_can_name_is_refused_in_words(tmp_path, 
     mlflow.create_run(tmp_path / "100%", "tests", None, lines.append)
     assert "choose a root without % and ?" in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_artifacts_of_a_root_that_was_moved_or_copied_go_to_where_it_is_now(
+    store, client, lines, tmp_path
+):
+    root, ids = store
+    copy = shutil.copytree(root, tmp_path / "a copy" / "runs")
+    theirs, experiment = mlflow._connect(copy, "tests")
+    model = theirs.create_logged_model(experiment, name="model", source_run_id=ids[1])
+    theirs.create_registered_model("tests")
+    theirs.create_model_version("tests", model.artifact_location, run_id=ids[1])
+    moved = copy.rename(tmp_path / "moved")
+    there = set(root.rglob("*"))
+
+    run = moved / ids[1]
+    journal = Journal(run, [mlflow_of(run)], {}, lines.append)
+    journal.start(50)
+    path = journal.images("preview", GRIDS[3], 60)
+    assert journal.close("FINISHED", timeout_s=60.0)
+    home = moved / "mlflow-artifacts"
+    sent = home / run.name / "artifacts" / "samples" / path.name
+    assert sent.read_bytes() == path.read_bytes()
+    assert set(root.rglob("*")) == there
+    assert not copy.exists()
+
+    theirs, _ = mlflow._connect(moved, "tests")
+    (version,) = theirs.search_model_versions("name = 'tests'")
+    addresses = [theirs.get_run(name).info.artifact_uri for name in ids]
+    addresses += [theirs.get_logged_model(model.model_id).artifact_location, version.source]
+    assert all(address.startswith(f"{home.as_uri()}/") for address in addresses)
+    assert theirs.get_run(ids[1]).data.tags["rediffuse.directory"] == str(run)
+    (kept,) = {client.get_experiment_by_name("tests").artifact_location}
+    assert kept == (root / "mlflow-artifacts").as_uri()
 
 
 # TensorBoard and the console

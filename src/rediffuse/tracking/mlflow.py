@@ -8,14 +8,16 @@ import math
 import os
 import queue
 import re
+import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.request import url2pathname
 from uuid import uuid4
 
 from rediffuse import locks
@@ -259,11 +261,57 @@ def _connect(root: Path, experiment: str) -> tuple[Any, str]:
             fresh = root / f".mlflow-{uuid4().hex}.db"
             MlflowClient(_address(fresh)).search_experiments(max_results=1)
             fresh.rename(ours)
+        if Path(uri.removeprefix("sqlite:///")).resolve() == ours:  # also if the variable names it
+            _follow_moved_root(ours)
         client = MlflowClient(uri, registry_uri=uri)
         known = client.get_experiment_by_name(experiment)
         if known is not None:
             return client, known.experiment_id
         return client, client.create_experiment(experiment, artifact_location=artifacts)
+
+
+# Where MLflow's tables hold absolute addresses of artifacts, and of runs in our own tag.
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def _follow_moved_root(database: Path) -> None:
+    """Correct the addresses in a root's own store if the root was moved or copied.
+
+    MLflow has no call for it, and would go on writing artifacts to the old place.
+    """
+    root = database.parent
+    here = (root / "mlflow-artifacts").as_uri()
+    with closing(sqlite3.connect(database, timeout=10)) as store, store:
+        known = store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        for (place,) in known:
+            if place == here or not re.fullmatch("file:///.+/mlflow-artifacts", place or ""):
+                continue
+            for table, column in _ADDRESSES:
+                columns = {row[1] for row in store.execute(f"PRAGMA table_info({table})")}
+                if column in columns:  # MLflow's tables change from version to version
+                    _replace_beginning(store, table, column, place, here)
+            was = url2pathname(place.removeprefix("file://").removesuffix("/mlflow-artifacts"))
+            _replace_beginning(
+                store, "tags", "value", was, str(root), "key = 'rediffuse.directory'"
+            )
+
+
+def _replace_beginning(
+    store: sqlite3.Connection, table: str, column: str, old: str, new: str, where: str = "1"
+) -> None:
+    """Replace the address `old`, and the beginning of every address below it."""
+    size = len(old)
+    store.execute(
+        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+        f"WHERE {where} AND ({column} = ? OR substr({column}, 1, ?) = ?)",
+        (new, size + 1, old, size + 1, f"{old}/"),
+    )
 
 
 def experiments(root: Path) -> int:
