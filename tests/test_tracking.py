@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rediffuse.config.compose import checked, compose
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.networks.unet import UNet
 from rediffuse.randomness import Stream, torch_seeded
@@ -108,6 +109,13 @@ def flush_at_once(monkeypatch) -> None:
 def journal(tmp_path: Path, lines: list[str]) -> Callable[..., Journal]:
     """Journals of one run."""
     return lambda *trackers: Journal(tmp_path, trackers, {"a": {"b": 0}}, lines.append)
+
+
+def test_a_tracker_that_is_named_twice_is_one():
+    words = ["tracking.trackers=[tensorboard,mlflow,tensorboard]"]
+    config = compose(words)
+    assert config.tracking.trackers == ["tensorboard", "mlflow"]
+    assert checked(config.model_dump()) == config
 
 
 # The file

@@ -7,6 +7,7 @@ axis (`schedule: {name: discrete.cosine, steps: 1000}`) with that function's own
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -187,10 +188,17 @@ class Sampling(Section):
     threshold: Part
 
 
+def _each_once(names: list[str]) -> list[str]:
+    """Drop repetitions; two feeders of one tracker would send every row twice."""
+    return list(dict.fromkeys(names))
+
+
 class Tracking(Section):
     """Where copies of the run's metrics go, beside the run's own files."""
 
-    trackers: list[Literal["mlflow", "tensorboard", "wandb"]] = []
+    trackers: Annotated[
+        list[Literal["mlflow", "tensorboard", "wandb"]], AfterValidator(_each_once)
+    ] = []
     """any of mlflow, tensorboard and wandb; several at once"""
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
     """what trackers call the group of runs"""
