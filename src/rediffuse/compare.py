@@ -53,10 +53,9 @@ class Side(NamedTuple):
         return _last_images(self.rows)
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> tuple[str, ...]:
         """The classes it was trained with, if any."""
-        names: list[str] = self.environment.get("data", {}).get("class_names", [])
-        return names
+        return drift.class_names(self.environment)
 
 
 def compare(

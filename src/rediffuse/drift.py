@@ -4,13 +4,15 @@
 machine: `{"images": 1280, "time": ..., "config": {key: [old, new]}, "environment": {...}}`.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from rediffuse.config.compose import leaves
 from rediffuse.errors import RunError
-from rediffuse.runs import Run
+from rediffuse.reading import read_object, why
+from rediffuse.runs import Run, wrong
 from rediffuse.tracking.jsonl import append, cut_back, lines_since
 
 Changes = dict[str, tuple[Any, Any]]
@@ -21,6 +23,33 @@ DECISIVE = (
     "cpu.model", "gpus", "gpu_driver", "device", "ranks",
 )  # fmt: skip
 """What of `environment.json`, beside the data, decides bits."""
+
+
+class _Data(BaseModel):
+    """What `environment.json` says of the images, as far as anything depends on it."""
+
+    model_config = ConfigDict(strict=True)
+
+    class_names: list[str] | None = None
+    train_images: int | None = None
+
+
+class _Environment(BaseModel):
+    """What `environment.json` holds; other keys may stand there, too."""
+
+    model_config = ConfigDict(strict=True)
+
+    data: _Data | None = None
+    packages: dict[str, str | None] | None = None
+    git: dict[str, Any] | None = None
+
+
+class _Line(BaseModel):
+    """A line of `drift.jsonl`."""
+
+    images: int = Field(ge=0)
+    config: dict[str, tuple[Any, Any]]
+    environment: dict[str, tuple[Any, Any]]
 
 
 class Drift(NamedTuple):
@@ -56,16 +85,10 @@ def read(run: Run) -> list[Drift]:
     """
     path = run.logs / "drift.jsonl"
     try:
-        return [
-            Drift(
-                line["images"],
-                {key: (was, now) for key, (was, now) in line["config"].items()},
-                {key: (was, now) for key, (was, now) in line["environment"].items()},
-            )
-            for line, _ in lines_since(path, 0)
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise RunError(f"{path} is damaged; restore it") from None
+        lines = [_Line.model_validate(line) for line, _ in lines_since(path, 0)]
+    except ValidationError as damage:
+        raise RunError(f"{path} is damaged: {wrong(damage)}; restore it") from None
+    return [Drift(line.images, line.config, line.environment) for line in lines]
 
 
 def note(run: Run, config: Changes, environment: Mapping[str, Any], images_seen: int) -> Drift:
@@ -97,10 +120,18 @@ def began(run: Run) -> dict[str, Any]:
         RunError: if it cannot be read.
     """
     try:
-        known: dict[str, Any] = json.loads(run.environment.read_bytes())
-        return {**known}  # a TypeError for what is no mapping
-    except (OSError, ValueError, TypeError, RecursionError) as broken:
-        raise RunError(f"{run.environment} cannot be read ({broken}); restore it") from None
+        known = read_object(run.environment)
+        _Environment.model_validate(known)
+    except ValidationError as damage:
+        raise RunError(f"{run.environment} is damaged: {wrong(damage)}; restore it") from None
+    except (OSError, ValueError) as broken:
+        raise RunError(f"{run.environment} cannot be read ({why(broken)}); restore it") from None
+    return known
+
+
+def class_names(environment: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of what `began` returned; none if it does not say."""
+    return tuple((environment.get("data") or {}).get("class_names") or ())
 
 
 def decides(key: str) -> bool:

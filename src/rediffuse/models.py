@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
-from rediffuse import build, runs
+from rediffuse import build, drift, runs
 from rediffuse.config.compose import checked, read_yaml
 from rediffuse.config.schema import Config
 from rediffuse.denoiser import Denoiser
 from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
 from rediffuse.networks.replay import Replay
-from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training import checkpoint, committed
 from rediffuse.training.compiling import compile_network, try_compiler
@@ -131,14 +129,10 @@ def _precision(config: Config, device: torch.device) -> torch.dtype:
 
 
 def _class_names(run: Run) -> tuple[str, ...]:
-    try:
-        names = read_object(run.environment)["data"]["class_names"]
-        return tuple(TypeAdapter(list[str]).validate_python(names, strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as broken:
-        why = str(getattr(broken, "strerror", None) or broken).splitlines()[0]
-        raise RunError(
-            f"{run.environment} does not tell the run's classes ({why}); restore it"
-        ) from None
+    began = drift.began(run)
+    if (began.get("data") or {}).get("class_names") is None:
+        raise RunError(f"{run.environment} does not tell the run's classes; restore it")
+    return drift.class_names(began)
 
 
 def _check_size(

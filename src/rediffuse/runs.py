@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rediffuse import locks
 from rediffuse.errors import RunError
-from rediffuse.reading import read_bytes
+from rediffuse.reading import read_bytes, why
 from rediffuse.tracking.jsonl import write_atomically
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -44,7 +44,7 @@ class Record(BaseModel):
     created: str
     status: Status = "RUNNING"
     parent: str | None = None
-    images_seen: int = 0
+    images_seen: int = Field(default=0, ge=0, lt=2**63)
     command: tuple[str, ...] = ()
 
 
@@ -111,12 +111,9 @@ class Run:
         except FileNotFoundError:
             raise RunError(f"{self.directory} has no run.json; it is not a run") from None
         except ValidationError as damage:
-            what = damage.errors()[0]
-            where = ".".join(map(str, what["loc"])) or "JSON"
-            raise RunError(f"{path} is damaged: {where}: {what['msg']}") from None
+            raise RunError(f"{path} is damaged: {wrong(damage)}") from None
         except (OSError, ValueError) as broken:  # ValidationError is a ValueError, too
-            why = getattr(broken, "strerror", None) or broken
-            raise RunError(f"{path} is not a run's record: {why}") from None
+            raise RunError(f"{path} is not a run's record: {why(broken)}") from None
         if record.id != self.id:
             raise RunError(f"{path} belongs to run {record.id}; a run's directory keeps its name")
         return record
@@ -128,6 +125,12 @@ class Run:
         record = self.read().model_copy(update=given)
         _write(self, record)
         return record
+
+
+def wrong(damage: ValidationError) -> str:
+    """The first thing that a schema refuses, in one line: where it is, and what is expected."""
+    what = damage.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, what['loc']))[:80] or 'JSON'}: {what['msg'][:200]}"
 
 
 def runs_root(option: Path | None) -> Path:
@@ -380,8 +383,8 @@ def _cpu() -> dict[str, str]:
 
 def _first_line(path: Path) -> str | None:
     try:
-        return path.read_text().splitlines()[0]
-    except (OSError, IndexError):
+        return read_bytes(path, 10_000).decode(errors="replace").splitlines()[0][:200]
+    except (OSError, ValueError, IndexError):
         return None
 
 

@@ -1,6 +1,7 @@
 """What surrounds the loop in one process: what is recorded, shown and saved, and when."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -339,10 +340,10 @@ class Session:
         )
 
     def _write_epochs(self) -> None:
-        rows = [row for row in read_metrics(self.run.metrics) if "epoch" in row]
         epochs = [
             {"epoch": int(row["epoch"]), "images": int(row["images"]), "loss": row["epoch/loss"]}
-            for row in rows
+            for row in read_metrics(self.run.metrics)
+            if "epoch/loss" in row and math.isfinite(row.get("epoch", math.nan))
         ]
         write_atomically(self.run.epochs, json.dumps(epochs, indent=1).encode())
 

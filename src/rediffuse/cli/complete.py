@@ -1,6 +1,5 @@
 """What a shell completes: read from names of files, so that nothing heavy is imported for it."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
+
+from rediffuse.reading import read_object
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -119,7 +120,7 @@ def _items(values: Iterable[str]) -> list[CompletionItem]:
 
 def _name(run: Path) -> str | None:
     """What a run is called, in a line that a shell can show."""
-    with suppress(OSError, ValueError, AttributeError):
-        name = json.loads((run / "run.json").read_text()).get("name")
+    with suppress(OSError, ValueError):
+        name = read_object(run / "run.json").get("name")
         return re.sub(r"[^\w .,=+-]", "?", str(name)[:40]) if name else None
     return None

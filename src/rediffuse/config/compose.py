@@ -202,7 +202,7 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
         ConfigError: naming the file and what is wrong with it.
     """
     try:
-        text = read_bytes(file, most_bytes).decode()
+        text = read_bytes(file, most_bytes, links=True).decode()
         depth = 0
         for token in yaml.scan(text, yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken):

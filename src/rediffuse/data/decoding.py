@@ -44,7 +44,7 @@ def read(path: str | Path) -> Image.Image:
 
 def _read(path: str | Path) -> Image.Image:
     try:
-        data = read_bytes(path, MAX_FILE_BYTES)
+        data = read_bytes(path, MAX_FILE_BYTES, links=True)
     except ValueError as refused:
         raise DataError(str(refused)) from None
     except IsADirectoryError:

@@ -135,7 +135,7 @@ def open_packed(folder: str | Path) -> Packed:
     if not (folder / FACTS).is_file():
         raise DataError(f"{folder} holds no packed images; make them with `rediffuse data pack`")
     try:
-        return _opened(folder, read_object(folder / FACTS, _FACTS_BYTES))
+        return _opened(folder, read_object(folder / FACTS, _FACTS_BYTES, links=True))
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as broken:
         raise DataError(f"{folder} is damaged ({broken}); delete it and pack again") from None
 

@@ -100,7 +100,7 @@ def find_weights(
 
 def _read(weights: Path) -> bytes:
     try:
-        return read_bytes(weights, 2 * _BYTES)
+        return read_bytes(weights, 2 * _BYTES, links=True)
     except (OSError, ValueError) as failed:
         raise ConfigError(
             f"{weights} cannot be read ({failed}); it should be {FILE}, from {ADDRESS}"

@@ -53,7 +53,7 @@ def report(word: str, asked: Asked) -> int:
     file = asked.output or run.directory / "report.html"
     page.check_output(file)
     facts, config, rows = overview.full(run), load_config(run), read_metrics(run.metrics)
-    names = tuple(leaves(drift.began(run)).get("data.class_names") or ())
+    names = drift.class_names(drift.began(run))
     model, without = _model(run, asked)
     clock = model.denoiser.schedule if model else build.schedule(config, asked.trust)
     check_sampling(config, config.sampling, clock, asked.trust)
@@ -132,7 +132,7 @@ def _header(
         "created": facts["created"].replace("T", " ") + " UTC",
         "newest checkpoint": facts["checkpoints"][-1] if facts["checkpoints"] else None,
         "best checkpoint": facts["best checkpoint"],
-        "skipped steps": int(skipped) if skipped else None,
+        "skipped steps": skipped or None,
         "parent": facts["parent"],
         "bit for bit": "comparable" if facts["bit-comparable"] else "not comparable",
     }

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rediffuse import drift, overview
-from rediffuse.config.compose import leaves
 from rediffuse.config.schema import Config
 from rediffuse.errors import CheckpointError, RediffuseError
 from rediffuse.launch import load_config
@@ -44,9 +43,9 @@ def card(root: Path, word: str) -> Card:
         RediffuseError: if there is no such run, or it is damaged.
     """
     run = find_run(root, word)
-    config, names = load_config(run), leaves(drift.began(run)).get("data.class_names") or ()
+    config, names = load_config(run), drift.class_names(drift.began(run))
     there = checkpoint_choices(run, config.training.best_metric)
-    return Card(run, config, there, tuple(map(str, names)))
+    return Card(run, config, there, names)
 
 
 def checkpoint_choices(run: Run, metric: str) -> list[Choice]:
@@ -79,10 +78,10 @@ def training(run: Run) -> tuple[dict[str, Any], list[Section]]:
     Raises:
         RediffuseError: if its record or its configuration is damaged.
     """
-    config, names = load_config(run), leaves(drift.began(run)).get("data.class_names") or ()
+    config, names = load_config(run), drift.class_names(drift.began(run))
     told: dict[str, Any] = {**overview.brief(run), "checkpoints": len(checkpoints(run.checkpoints))}
     try:
         drawn = curves.curves([("", read_metrics(run.metrics))], config.training.clip_norm)
     except RediffuseError as refused:
         drawn = Section("Training", notes=[str(refused)])
-    return told, [drawn, images.timeline(run.samples, config, tuple(map(str, names)))]
+    return told, [drawn, images.timeline(run.samples, config, names)]

@@ -17,13 +17,18 @@ from typing import Any
 from uuid import uuid4
 
 from rediffuse.errors import RunError
+from rediffuse.reading import (
+    LINE_BYTES,
+    LINES_BYTES,
+    decoded_object,
+    read_bytes,
+    read_lines,
+    why,
+)
 from rediffuse.tracking.tracker import Number, Row
 
 EVALUATION = "evaluation/"
 """How the names of all metrics of an evaluation begin."""
-
-LINE_BYTES = 2**24
-"""A line is shorter."""
 
 
 def append_metrics(
@@ -54,8 +59,8 @@ def metrics_since(path: Path, position: int) -> Iterator[tuple[Row, int]]:
     """Yield the rows from a byte position on, each with the position after it."""
     for line, end in lines_since(path, position):
         try:
-            yield {key: float(value) for key, value in line.items()}, end
-        except (TypeError, ValueError):
+            yield {key: _number(value) for key, value in line.items()}, end
+        except ValueError:
             raise RunError(f"{path}: the line before byte {end} is not a row of metrics") from None
 
 
@@ -74,7 +79,10 @@ def cut_back(path: Path, images_seen: int | None, undone: Path | None = None) ->
         _mended(path, file)
     if images_seen is None:
         return
-    content, start = path.read_bytes(), 0
+    try:
+        content, start = read_bytes(path, LINES_BYTES), 0
+    except (OSError, ValueError) as broken:
+        raise RunError(f"{path} cannot be read: {why(broken)}; restore it") from None
     left, removed = bytearray(), bytearray()
     for line, end in lines_since(path, 0):
         if line["images"] > images_seen and not is_evaluation(line):
@@ -115,16 +123,18 @@ def append(
 
 
 def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the complete lines from a byte position on, each with the position after it."""
-    if not path.exists():
+    """Yield the complete lines from a byte position on, each with the position after it.
+
+    Raises:
+        RunError: if the file cannot be read, or a line is damaged.
+    """
+    try:
+        for line, end in read_lines(path, position):
+            yield _decoded(path, line, end), end
+    except FileNotFoundError:
         return
-    with open(path, "rb") as file:
-        file.seek(position)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            position += len(line)
-            yield _decoded(path, line, position), position
+    except (OSError, ValueError) as broken:
+        raise RunError(f"{path} cannot be read: {why(broken)}; restore it") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -176,7 +186,7 @@ def _mended(path: Path, file: FileIO) -> int:
         raise RunError(f"{path}: the last line has more than {LINE_BYTES:,} bytes; remove it")
     try:
         _decoded(path, torn, end)
-    except (RunError, RecursionError):
+    except RunError:
         file.truncate(end - len(torn))
         return end - len(torn)
     return end + file.write(b"\n")
@@ -184,12 +194,21 @@ def _mended(path: Path, file: FileIO) -> int:
 
 def _decoded(path: Path, line: bytes, end: int) -> dict[str, Any]:
     try:
-        decoded = json.loads(line)
+        fields = decoded_object(line)
     except ValueError:
-        decoded = None
-    fields = decoded if isinstance(decoded, dict) else {}
-    if not isinstance(fields.get("images"), int) or not isinstance(fields.get("time"), float):
+        fields = {}
+    images, at = fields.get("images"), fields.get("time")
+    if type(images) is not int or images < 0 or type(at) is not float:
         raise RunError(
             f"{path}: the line before byte {end} is damaged; restore or delete that line"
         )
     return fields
+
+
+def _number(value: Any) -> float:
+    if type(value) in (int, float) or value in _NOT_FINITE:
+        return float(value)
+    raise ValueError
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")

@@ -3,11 +3,12 @@
 How their files are committed, verified and found is told in `rediffuse.training.committed`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rediffuse.errors import CheckpointError, TrainingError
+from rediffuse.reading import open_regular
 from rediffuse.tensors import FETCHING
 from rediffuse.training.committed import (
     LEARNED,
@@ -136,8 +138,24 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     if state.learned:
         _load_module(state.learned, checkpoint / LEARNED)
     _load_optimizer(state, _tensors(checkpoint / "optimizer.safetensors"))
+    try:
+        _load_facts(state, saved)
+    except (ValueError, KeyError) as broken:
+        raise CheckpointError(f"{checkpoint.name}: its {STATE} is damaged ({broken})") from None
+
+
+def _load_facts(state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Restore what is no tensor; `facts` has checked the counters and the metrics.
+
+    Raises:
+        ValueError, KeyError: for what `snapshot` did not write.
+    """
     if state.scaler and saved["scaler"]:
-        state.scaler.load_state_dict(saved["scaler"])
+        state.scaler.load_state_dict(_numbers(saved["scaler"]))
+    if type(saved["best_loss"]) not in (int, float, type(None)):
+        raise ValueError("the best loss is no number")
+    if type(saved["checks_since_best"]) is not int:
+        raise ValueError("the checks since the best are no number")
     for name in _COUNTERS:
         setattr(state, name, saved[name])
     for name in SKIPPED:
@@ -145,6 +163,12 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     state.since_log = Sums.from_json(saved["since_log"])
     state.this_epoch = Sums.from_json(saved["this_epoch"])
     state.usual_loss = UsualLoss.from_json(saved["usual_loss"])
+
+
+def _numbers(saved: Any) -> dict[str, float]:
+    if isinstance(saved, dict) and all(type(value) in (int, float) for value in saved.values()):
+        return saved
+    raise ValueError("the loss scaler has other values than numbers")
 
 
 def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average") -> str:
@@ -225,12 +249,12 @@ def _load_module(module: nn.Module, file: Path, prefix: str = "") -> None:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             header = int.from_bytes(stream.read(8), "little")
         if header > _HEADER_BYTES:
             raise CheckpointError(f"{file} cannot be read: its header would have {header:,} bytes")
         return load_file(file)
-    except (OSError, SafetensorError) as broken:
+    except (OSError, ValueError, SafetensorError) as broken:
         raise CheckpointError(f"{file} cannot be read: {broken}") from None
 
 

@@ -22,13 +22,13 @@ from typing import Any
 from uuid import uuid4
 
 from rediffuse.errors import CheckpointError, TrainingError
-from rediffuse.reading import read_bytes
+from rediffuse.reading import decoded_object, open_regular, read_bytes
 
 FORMAT = 2
 STATE, LEARNED = "state.json", "learned.safetensors"
 WEIGHTS = {"average": "average.safetensors", "raw": "model.safetensors"}
 SKIPPED = ("skipped_steps", "skipped_in_a_row")
-_MANIFEST, _MANIFEST_BYTES = "manifest.json", 1_000_000
+_MANIFEST, _MANIFEST_BYTES, _STATE_BYTES = "manifest.json", 1_000_000, 1_000_000
 
 
 def commit(
@@ -97,12 +97,13 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     """
     expected = _manifest(checkpoint)[STATE]["sha256"]
     try:
-        if _sha256(checkpoint / STATE) == expected:
-            read: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
+        text = read_bytes(checkpoint / STATE, _STATE_BYTES)
+        if hashlib.sha256(text).hexdigest() == expected:
+            read = decoded_object(text, finite=False)  # a loss may have been infinite
             counted = (read[name] for name in ("images_seen", "step", *SKIPPED))
-            if all(type(n) is int and n >= 0 for n in counted):
-                return {**read}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            if all(type(n) is int and n >= 0 for n in counted) and _are_metrics(read["metrics"]):
+                return read
+    except (OSError, ValueError, KeyError):
         pass
     raise CheckpointError(f"{checkpoint.name}: its {STATE} is damaged")
 
@@ -255,18 +256,23 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of each file; it is itself held to the one way to write it."""
     try:
         raw = read_bytes(checkpoint / _MANIFEST, _MANIFEST_BYTES)
-        manifest = json.loads(raw)
+        manifest = decoded_object(raw)
         if manifest["format"] != FORMAT:
+            other = str(manifest["format"])[:80]
             raise CheckpointError(
-                f"{checkpoint.name}: format {manifest['format']}, but this version reads {FORMAT}"
+                f"{checkpoint.name}: format {other}, but this version reads {FORMAT}"
             )
         names = set(manifest["files"])
         if raw == json_bytes(manifest) and STATE in names and names & {*WEIGHTS.values()}:
             files: dict[str, dict[str, Any]] = manifest["files"]
             return {name: {"bytes": f["bytes"], "sha256": f["sha256"]} for name, f in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     raise CheckpointError(f"{checkpoint.name}: its manifest cannot be read")
+
+
+def _are_metrics(found: Any) -> bool:
+    return isinstance(found, dict) and all(type(value) in (int, float) for value in found.values())
 
 
 def _set_aside(checkpoint: Path) -> Path:
@@ -293,7 +299,7 @@ def _write(file: Path, data: bytes) -> dict[str, Any]:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -67,10 +67,16 @@ class Sums:
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "Sums":
-        """Undo `as_json`."""
-        names = ("loss", "bin_loss", "bin_images")
-        return cls(*(torch.tensor(saved[name]) for name in names))
+    def from_json(cls, saved: Any) -> "Sums":
+        """Undo `as_json`.
+
+        Raises:
+            ValueError: for what it did not write.
+        """
+        sums = [_tensor(saved, name) for name in ("loss", "bin_loss", "bin_images")]
+        if [value.shape for value in sums] != [value.shape for value in cls().tensors()]:
+            raise ValueError("sums of losses have another shape")
+        return cls(*sums)
 
 
 SPIKE = 8.0
@@ -111,12 +117,29 @@ class UsualLoss:
         return {"steps": self.steps, **{name: getattr(self, name).item() for name in _USUAL}}
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "UsualLoss":
-        """Undo `as_json`."""
-        return cls(saved["steps"], *(torch.tensor(saved[name]) for name in _USUAL))
+    def from_json(cls, saved: Any) -> "UsualLoss":
+        """Undo `as_json`.
+
+        Raises:
+            ValueError: for what it did not write.
+        """
+        mean, variance, spikes, last = (_tensor(saved, name) for name in _USUAL)
+        numbers = (_tensor(saved, "steps"), mean, variance, spikes, last)
+        whole = not (numbers[0].is_floating_point() or last.is_floating_point())
+        if any(value.ndim for value in numbers) or not whole or saved["steps"] < 0:
+            raise ValueError("the usual loss is not numbers")
+        return cls(saved["steps"], mean, variance, spikes, last)
 
 
 _USUAL = ("mean", "variance", "spikes", "last_spike_images")
+
+
+def _tensor(saved: Any, name: str) -> Tensor:
+    """A number or a list of numbers of a checkpoint's JSON."""
+    value = saved[name] if isinstance(saved, dict) and name in saved else None
+    if all(type(v) in (int, float) for v in (value if isinstance(value, list) else [value])):
+        return torch.tensor(value)
+    raise ValueError(f"{name} is not numbers")
 
 
 @dataclass
