@@ -189,7 +189,8 @@ def test_evaluations_count_what_the_network_was_asked(trained: tuple[Path, str])
 def test_evaluations_are_those_of_batches_that_were_filled_up(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "_whole", lambda model: True)  # as if compiled on a GPU
+    monkeypatch.setattr(drawing, "_fixed_rows", lambda model: None)  # as if compiled on a GPU
+    monkeypatch.setattr(drawing, "_whole", lambda model: True)
     cost = evaluated(trained, solver="ddim", steps=3, batch_size=32, guidance="1", seed=7).cost
     assert cost
     assert cost.evaluations == 3

@@ -78,7 +78,7 @@ def test_the_same_job_goes_into_its_folder_again_also_where_a_number_is_infinite
 
 
 @pytest.mark.parametrize(
-    ("free", "size"), [(10**12, 64), (64 * 10**6, 32), (10 * 10**6, 4), (1, 1)]
+    ("free", "size"), [(10**12, 1024), (64 * 10**6, 32), (10 * 10**6, 4), (1, 1)]
 )
 def test_as_many_images_go_together_as_half_of_the_memory_holds(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, free: int, size: int
@@ -90,8 +90,9 @@ def test_as_many_images_go_together_as_half_of_the_memory_holds(
     job = Job(tuple(range(100)), classes_for(range(100), model.class_names))
     how = wanted(model.config.sampling, Options())
     assert batch_that_fits(model, how, job) == size
+    monkeypatch.setattr(drawing, "_fixed_rows", lambda model: None)  # as on a GPU
     sizes = [len(numbers) for numbers, _ in draw(model, how, job)] if size > 1 else [1]
-    assert sizes[0] == size
+    assert sizes[0] == min(size, 100)
 
 
 def test_what_fits_is_measured_on_the_bare_network(trained: tuple[Path, str]) -> None:
@@ -113,6 +114,7 @@ def test_a_network_that_is_compiled_whole_meets_batches_of_one_size(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, whole: bool, sizes: set[int]
 ) -> None:
     model = load(trained[1], root=trained[0], device="cpu")
+    monkeypatch.setattr(drawing, "_fixed_rows", lambda model: None)  # as on a GPU
     monkeypatch.setattr(drawing, "_whole", lambda model: whole)
     met = set()
     model.denoiser.network.register_forward_pre_hook(lambda module, given: met.add(len(given[0])))

@@ -82,7 +82,7 @@ from rediffuse.cli import complete, options
     help="latest, best, or a step's number.",
 )
 @click.option(
-    "--batch-size", "--batch_size", type=click.IntRange(1), help="Else as many as memory allows."
+    "--batch-size", "--batch_size", type=click.IntRange(1), help="On a GPU; else as many as fit."
 )
 @click.option(
     "--output-dir",

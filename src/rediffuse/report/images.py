@@ -14,7 +14,7 @@ from rediffuse import plots
 from rediffuse.config.schema import Config, Sampling
 from rediffuse.data.decoding import read
 from rediffuse.data.pixels import to_uint8
-from rediffuse.drawing import Job, classes_for, padded, states, watched
+from rediffuse.drawing import Job, classes_for, states, watched
 from rediffuse.errors import ConfigError, DataError, RediffuseError
 from rediffuse.gallery import Options, wanted
 from rediffuse.legality import check_sampling
@@ -252,7 +252,7 @@ def follow(model: Model, how: Sampling, numbers: tuple[int, ...], seed: int) -> 
     evaluations, stride, moments = 0, 1, []
     way = watched(lambda *call: calls.append(call))
     job = Job(numbers, classes_for(numbers, model.class_names), seed, way=way)
-    for step, state in enumerate(states(model, how, padded(job))):
+    for step, state in enumerate(states(model, how, job)):
         x = state
         evaluations += len(calls)
         if calls and step % stride == 0:
@@ -260,10 +260,8 @@ def follow(model: Model, how: Sampling, numbers: tuple[int, ...], seed: int) -> 
         if len(moments) > 2 * _MOST_FRAMES:
             moments, stride = moments[::2], 2 * stride
         calls.clear()
-    images = to_uint8(x[: len(numbers)], data.mean, data.std).cpu().numpy()
-    count = len(numbers)
-    cut = [of._replace(x_t=of.x_t[:count], x_0=of.x_0[:count]) for of in moments]
-    return Drawn(images, cut, evaluations)
+    images = to_uint8(x, data.mean, data.std).cpu().numpy()
+    return Drawn(images, moments, evaluations)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from rediffuse.data.pixels import to_uint8
-from rediffuse.drawing import padded, states, watched
+from rediffuse.drawing import states, watched
 from rediffuse.pictures import Pixels
 from rediffuse.report.images import moment
 from rediffuse.studio.asking import Drawing
@@ -43,7 +43,7 @@ def frames(of: Drawing, stopped: Callable[[], bool]) -> Iterator[Frame]:
     """
     data, schedule = of.model.config.data, of.model.denoiser.schedule
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    evaluations, step, count = 0, 0, len(of.job.images)
+    evaluations, step = 0, 0
 
     def look(x_t: Tensor, t: Tensor, x_0: Tensor) -> None:
         nonlocal evaluations
@@ -55,11 +55,11 @@ def frames(of: Drawing, stopped: Callable[[], bool]) -> Iterator[Frame]:
     def seen(end: Literal["stopped"] | None = None) -> Frame:
         at = moment(step, schedule, *calls[0], data.mean, data.std)
         calls.clear()
-        return Frame(step, evaluations, at.x_t[:count], at.x_0[:count], end)
+        return Frame(step, evaluations, at.x_t, at.x_0, end)
 
     job = replace(of.job, way=watched(look, of.job.way))
     try:
-        for x in states(of.model, of.how, padded(job)):
+        for x in states(of.model, of.how, job):
             state, step = x, step + 1
             if calls:
                 yield seen()
@@ -67,7 +67,7 @@ def frames(of: Drawing, stopped: Callable[[], bool]) -> Iterator[Frame]:
         step += 1
         yield seen("stopped")
         return
-    images = to_uint8(state[:count], data.mean, data.std).cpu().numpy()
+    images = to_uint8(state, data.mean, data.std).cpu().numpy()
     yield Frame(step, evaluations, images, images, "done")
 
 
