@@ -45,12 +45,16 @@ def test_gradients_are_those_of_float64(batch: int, size: tuple[int, int]) -> No
     assert max(errors(gradients(*given), given)) < 2e-6  # float32, up to 5,600 pixels a sum
 
 
-def test_long_sums_are_nearer_to_them_than_the_librarys() -> None:
-    x, weight, g = given = some(32, (128, 128), (28, 28))
-    librarys = torch.nn.grad.conv2d_weight(x, weight.shape, g, padding=1)
+def test_long_sums_are_near_to_those_of_float64() -> None:
+    """25,088 products a sum; added one by one in float32, a quarter of them err by 1.2e-6.
+
+    oneDNN's own error depends on the processor's instructions (5e-7 to 3e-6 here), so it is no
+    measure.
+    """
+    given = some(32, (128, 128), (28, 28))
     of_x, of_weight = errors(gradients(*given), given)
-    assert of_weight < 0.5 * errors((x, librarys), given)[1]
-    assert of_x < 5e-7  # 9 x 128 numbers each; the library's: 2e-7 to 8e-7, by its layout
+    assert of_weight < 8e-7
+    assert of_x < 5e-7  # 9 x 128 products a sum
 
 
 @pytest.mark.parametrize("asks_x", [True, False])
