@@ -113,5 +113,5 @@ def _data(source: str, words: Sequence[str]) -> "Data":
     from rediffuse.config.compose import compose
 
     is_folder = Path(source).is_dir() or any(mark in source for mark in "/.~")
-    named = ["data=folder", f"data.path='{source}'"] if is_folder else [f"data={source}"]
-    return compose([*named, *words]).data
+    values = {"data": "folder", "data.path": source} if is_folder else {"data": source}
+    return compose(words, values=values).data

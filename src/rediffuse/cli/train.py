@@ -42,12 +42,12 @@ def train(
     if multirun:
         return _train_each(words, file, name, root)
     from rediffuse import launch
-    from rediffuse.config.compose import compose, dump_yaml
+    from rediffuse.config.compose import compose, dump_yaml, run_ids
 
-    rest, ids = _taken(words, "resume_from_run_id", "parent_run_id")
+    rest, ids = run_ids(words)
     if ids["resume_from_run_id"]:
         return launch.resume(ids["resume_from_run_id"], rest, root=root, trusted=trust)
-    config = compose([*rest, *([f"name={_quoted(name)}"] if name else [])], file)
+    config = compose(rest, file, {"name": name} if name else {})
     if show_config:
         say(dump_yaml(config).removesuffix("\n"))
         return 0
@@ -90,21 +90,3 @@ def _train_each(
         command = [sys.executable, "-m", "rediffuse", "train", *shared, *combination]
         codes.append(subprocess.run(command, check=False).returncode)
     return max(codes, default=0)
-
-
-def _taken(words: Sequence[str], *keys: str) -> tuple[list[str], dict[str, str | None]]:
-    """Take ids out as they were typed: 12e5 is a name here, never a number."""
-    found: dict[str, str | None] = dict.fromkeys(keys)
-    rest = []
-    for word in words:
-        key, equals, value = word.lstrip("-").partition("=")
-        if equals and key in found:
-            found[key] = value.strip("'\"")
-        else:
-            rest.append(word)
-    return rest, found
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

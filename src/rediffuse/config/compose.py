@@ -6,38 +6,46 @@ single values are set here, in a plain tree, so that one check with one wording 
 
 import itertools
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from rediffuse.config import group_files
 from rediffuse.config.schema import DECLARED, FREE, Config
 from rediffuse.errors import ConfigError
 from rediffuse.reading import read_bytes
-from rediffuse.words import did_you_mean
+from rediffuse.words import did_you_mean, tell
 
 Tree = dict[str, Any]
 
-_OURS = Path(__file__).parent.parent / "configs"
 _HYDRA_ROOT = "train"
 
 
-def compose(words: Sequence[str], file: Path | None = None) -> Config:
-    """Put a run together: our defaults, then FILE.yaml, then what was typed.
+def compose(
+    words: Sequence[str], file: Path | None = None, values: Mapping[str, Any] | None = None
+) -> Config:
+    """Compose a run's configuration: the defaults, then FILE.yaml, then `values`, then `words`.
+
+    `values` maps full keys to values; `words` are overrides as typed on a command line.
 
     Raises:
         ConfigError: for an unknown key, a wrong value or a combination that cannot work.
     """
-    typed = typed_values(words)
+    typed = [*(values or {}).items(), *typed_values(words)]
     from_file = read_yaml(file) if file else {}
-    groups = _groups()
+    groups = group_files.names()
     choices = {k: v for k, v in from_file.items() if k in groups and isinstance(v, str)}
     choices |= {key: str(value) for key, value in typed if key in groups and not _is_part(value)}
     tree = _chosen(choices, groups)
-    _merge(tree, {k: v for k, v in from_file.items() if k not in choices})
+    own = {k: v for k, v in from_file.items() if k not in choices}
+    training = own.get("training")
+    given = {f"training.{key}" for key in training} if isinstance(training, Mapping) else set()
+    set_values(tree, _replaced_lengths(given))
+    _merge(tree, own)
     set_values(tree, [(key, value) for key, value in typed if key not in choices])
     return checked(tree)
 
@@ -53,10 +61,8 @@ def typed_values(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 def part_from_file(axis: str, name: str) -> Tree:
     """What configs/AXIS/NAME.yaml says of a part, or nothing if there is no such file."""
-    if not name.isidentifier():
-        return {}
-    files = (home / axis / f"{name}.yaml" for home in (Path.cwd() / "configs", _OURS))
-    return next((read_yaml(file) for file in files if file.is_file()), {})
+    file = group_files.find(axis, name)
+    return read_yaml(file) if file else {}
 
 
 _LENGTHS = ("training.epochs", "training.images")
@@ -87,9 +93,7 @@ def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
     """
     full = [(_full_key(tree, key), value) for key, value in values]
     given = {key for key, _ in full}
-    for one, other in (_LENGTHS, _LENGTHS[::-1]):
-        if one in given and other not in given:
-            full.append((other, None))  # a length in epochs replaces one in images
+    full += _replaced_lengths(given)
     if _HORIZON in given and _FOLLOWS not in given:
         full.append((_FOLLOWS, dict(full)[_HORIZON] is None))  # a typed horizon stays
     for key, value in full:
@@ -100,6 +104,12 @@ def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
                 raise ConfigError(unknown_key(key, tree))
             at = at[section]
         at[last] = value
+
+
+def _replaced_lengths(given: Collection[str]) -> list[tuple[str, None]]:
+    """The length that is unset because the other one is given: epochs replace images."""
+    pairs = (_LENGTHS, _LENGTHS[::-1])
+    return [(other, None) for one, other in pairs if one in given and other not in given]
 
 
 def checked(tree: Tree) -> Config:
@@ -171,28 +181,45 @@ _MOST_RUNS = 10_000
 
 
 def sweep(words: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of `key=a,b,c` words, as Hydra's `--multirun` spells them."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    """Every combination of `key=a,b,c` words, as Hydra's `--multirun` spells them.
 
-    alternatives: list[list[str]] = []
-    for word in words:
-        if word.startswith("-") or "=" not in word:
-            alternatives.append([word])
-            continue
-        try:
-            parsed = OverridesParser.create().parse_override(word)
-        except HydraException:
-            raise ConfigError(_no_override(word)) from None
-        if parsed.is_sweep_override():
-            key = parsed.get_key_element()
-            values = itertools.islice(parsed.sweep_string_iterator(), _MOST_RUNS + 1)
-            alternatives.append([f"{key}={value}" for value in values])
-        else:
-            alternatives.append([word])
+    Run ids are split at commas and stay text; `glob(...)` chooses among the files of a group.
+
+    Raises:
+        ConfigError: for a word that is no override, a sweep without an end, or over 10,000 runs.
+    """
+    alternatives = [_alternatives(word) for word in joined(words)]
     if math.prod(map(len, alternatives)) > _MOST_RUNS:
         raise ConfigError(f"{_short(' '.join(words))}: more than {_MOST_RUNS:,} runs")
     yield from (list(combination) for combination in itertools.product(*alternatives))
+
+
+def _alternatives(word: str) -> list[str]:
+    """The overrides that one word of a sweep stands for."""
+    from hydra.core.override_parser.types import Glob
+
+    key, _, text = word.partition("=")
+    if key in RUN_IDS:
+        return [f"{key}={run_id}" for run_id in text.split(",")]
+    try:
+        parsed = _parsed(word)
+    except ConfigError:
+        if _is_text(key):
+            return [word]  # a path as it was typed, which need not follow Hydra's grammar
+        raise
+    if not parsed.is_sweep_override():
+        return [word]
+    if isinstance(globbed := parsed.value(), Glob):
+        if key not in (groups := group_files.names()):
+            raise ConfigError(f"{_short(word)}: glob() chooses among the files of a group")
+        return [f"{key}={name}" for name in globbed.filter(groups[key])]
+    if not (parsed.is_choice_sweep() or parsed.is_range_sweep()):
+        raise ConfigError(f"{_short(word)}: -m takes key=a,b,c, choice(a,b) and range(0,3)")
+    try:
+        values = list(itertools.islice(parsed.sweep_string_iterator(), _MOST_RUNS + 1))
+    except (ValueError, OverflowError) as refused:  # a range with a step of 0, say
+        raise ConfigError(f"{_short(word)}: {refused}") from None
+    return [f"{parsed.get_key_element()}={value}" for value in values]
 
 
 def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
@@ -202,7 +229,8 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
         ConfigError: naming the file and what is wrong with it.
     """
     try:
-        text = read_bytes(file, most_bytes, links=True).decode()
+        # Some editors write a byte order mark first.
+        text = read_bytes(file, most_bytes, links=True).decode("utf-8-sig")
         depth = 0
         for token in yaml.scan(text, yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken):
@@ -210,14 +238,13 @@ def read_yaml(file: Path, most_bytes: int = 1_000_000) -> Tree:
             depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
             if depth > _DEEPEST:
                 raise ConfigError(f"{file}: nested more than {_DEEPEST} deep")
-        tree = yaml.load(text, _Floats)  # a SafeLoader
+        tree = yaml.load(text, group_files.Loader)  # a SafeLoader
     except OSError as refused:
         raise ConfigError(f"{file}: cannot be read ({refused.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: not a text file") from None
     except (yaml.YAMLError, RecursionError) as refused:
-        what = str(getattr(refused, "problem", None) or "not YAML")
-        raise ConfigError(f"{file}: {what}") from None
+        raise ConfigError(f"{file}: {group_files.problem(refused)}") from None
     except ValueError as refused:
         raise ConfigError(f"{file}: {refused}, so it is no configuration") from None
     if not isinstance(tree, dict):
@@ -245,28 +272,38 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-class _Floats(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a word; people mean the number."""
+RUN_IDS = ("resume_from_run_id", "parent_run_id")
+"""Words of `train` that name a run; they are no keys of the configuration."""
 
 
-_Floats.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+def run_ids(words: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
+    """Take run ids out of overrides as they were typed: 12e5 is an id, never a number.
+
+    Raises:
+        ConfigError: for an id that is empty, as `resume_from_run_id=$UNSET` is.
+    """
+    found: dict[str, str | None] = dict.fromkeys(RUN_IDS)
+    rest = []
+    for word in joined(words):
+        key, _, value = word.partition("=")
+        if key not in found:
+            rest.append(word)
+            continue
+        found[key] = _unquoted(value)
+        if not found[key]:
+            raise ConfigError(f"{key}: expected a run id, and it is empty; is a variable unset?")
+    return rest, found
 
 
 def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    for word in _joined(words):
+    for word in joined(words):
         if "${" in word:
             raise ConfigError(f"{_short(word)}: nothing is filled in for ${{...}}; write the value")
-        try:
-            parsed = OverridesParser.create().parse_override(word.lstrip("-"))
-        except HydraException:
-            raise ConfigError(_no_override(word)) from None
+        key, equals, text = word.partition("=")
+        if equals and _is_text(key):
+            yield key, _text_value(key, text)
+            continue
+        parsed = _parsed(word.lstrip("-"))
         if parsed.is_sweep_override():
             raise ConfigError(f"{word!r} lists several values; add -m to train one run for each")
         if parsed.is_delete():
@@ -280,11 +317,51 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield parsed.key_or_group, _plain_value(parsed.value())
 
 
+def _parsed(word: str) -> Any:
+    """An override, by Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise ConfigError(_no_override(word)) from None
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key's value is a path or a title, taken as typed: no grammar, no numbers."""
+    last = key.rpartition(".")[2]
+    return (
+        key in ("name", "tracking.experiment")
+        or last in ("path", "root")
+        or (last.endswith("_path") and key.replace(".", "_").isidentifier())
+    )
+
+
+def _text_value(key: str, text: str) -> str | None:
+    """What was typed, without quotes around it; `null` is None.
+
+    Raises:
+        ConfigError: for a path that is empty, as `data.path=$UNSET` is.
+    """
+    if text == "null":
+        return None
+    value = _unquoted(text)
+    if not value and key != "name":
+        raise ConfigError(f"{key}: expected a text, and it is empty; is a variable unset?")
+    return value or None
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
 def _no_override(word: str) -> str:
     return f"{_short(word)} is not `key=value`; quote what has spaces or commas"
 
 
-def _joined(words: Sequence[str]) -> Iterator[str]:
+def joined(words: Sequence[str]) -> Iterator[str]:
     """Write `--some-key value` as `some_key=value`, and `--key` alone as `key=true`."""
     rest = list(words)
     while rest:
@@ -310,15 +387,6 @@ def _plain_value(value: Any) -> Any:
     return value
 
 
-def _groups() -> dict[str, list[str]]:
-    """The groups there are, with their files: ours and those of ./configs."""
-    found: dict[str, list[str]] = {}
-    for home in (_OURS, Path.cwd() / "configs"):
-        for file in sorted(home.glob("*/*.yaml")):
-            found.setdefault(file.parent.name, []).append(file.stem)
-    return found
-
-
 def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -328,22 +396,22 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
     from omegaconf.errors import OmegaConfBaseException
 
     for group, choice in choices.items():
-        if choice not in groups[group]:
-            raise ConfigError(
-                f"{group}={choice}: there is no such {group}{did_you_mean(choice, groups[group])}; "
-                f"there are {', '.join(groups[group])}"
-            )
+        _check_choice(group, choice, groups[group])
     place = {axis: f"{axis}@sampling.{axis}" for axis in _OF_SAMPLING}
-    theirs = Path.cwd() / "configs"
-    places = [f"file://{home}" for home in (theirs, _OURS) if home.is_dir()]
     words = [f"{place.get(group, group)}={choice}" for group, choice in choices.items()]
     if "data" in choices and "experiment" not in choices:
         words.append("~experiment")  # the default preset is made for its own images
     try:
         # The root file is ours and lies where no file of the user's can shadow it by accident.
-        with initialize_config_dir(str(_OURS / "root"), version_base="1.3"):
+        with (
+            group_files.search_path() as homes,
+            initialize_config_dir(str(group_files.OURS / "root"), version_base="1.3"),
+        ):
+            places = [f"file://{home}" for home in homes]
             composed = hydra_compose(_HYDRA_ROOT, [*words, f"hydra.searchpath={places}"])
             tree = dict(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+    except yaml.YAMLError as refused:
+        raise ConfigError(group_files.problem(refused, with_file=True)) from None
     except (HydraException, OmegaConfBaseException) as refused:
         raise ConfigError(" ".join(str(refused).split())) from None
     finally:
@@ -354,6 +422,18 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
     return tree
 
 
+def _check_choice(group: str, choice: str, names: Sequence[str]) -> None:
+    """Refuse a file that does not exist or is not ours; warn where it hides none of ours."""
+    foreign = group_files.why_foreign(group, choice)
+    if choice not in names:
+        reason = f" ({foreign})" if foreign else did_you_mean(choice, names)
+        raise ConfigError(
+            f"{group}={choice}: there is no such {group}{reason}; there are {', '.join(names)}"
+        )
+    if foreign:
+        tell(f"{foreign}; the {group} '{choice}' of Rediffuse is used", sys.stderr)
+
+
 def _give_way(tree: Tree, group: str, choice: str) -> None:
     """Let what a preset says of a group give way to the file that was chosen for it.
 
@@ -361,10 +441,7 @@ def _give_way(tree: Tree, group: str, choice: str) -> None:
     anything else, such as `average=none`, nothing stays that the file says otherwise.
     """
     section = (tree["sampling"] if group in _OF_SAMPLING else tree).get(group)
-    home = next(
-        h for h in (Path.cwd() / "configs", _OURS) if (h / group / f"{choice}.yaml").exists()
-    )
-    own = read_yaml(home / group / f"{choice}.yaml")
+    own = part_from_file(group, choice)
     own = own.get(group, own)
     if not isinstance(section, dict):
         return
