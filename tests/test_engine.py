@@ -313,7 +313,8 @@ def test_training_stops_after_so_many_checks_without_a_better_one() -> None:
     held_out = next(batches().since(640))
     state.average = None  # with weights that stand still, only the first check is better
     state.network.norm = nn.Identity()  # type: ignore[assignment]
-    looks = [hooks.validate(recipe, held_out, lambda values, images: None), hooks.stop_early(3)]
+    check = hooks.validate(recipe, held_out, lambda values, images: None)
+    looks = [check, hooks.stop_when(lambda state: hooks.stopped_early(state, 3))]
     assert train(recipe, state, steps, looks, 10_000) == "no better validation loss in 3 checks"
     assert state.images_seen == 4 * SIZE
 

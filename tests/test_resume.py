@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from cli import TINY, rediffuse, run_id
+from cli import TINY, content, edit, rediffuse, run_id
 from safetensors.torch import load_file
 
+from rediffuse import launch
+from rediffuse.config.compose import compose
 from rediffuse.tracking.journal import is_clocked
 
 # 20 steps of 48 images over an epoch of 216. 432 images are 9 steps, and no log, validation,
@@ -82,6 +84,39 @@ def test_a_run_made_longer_goes_on_to_learn_as_its_last_line_says(tmp_path: Path
     shown = json.loads(rediffuse("show", run, "--json", root=tmp_path).stdout)
     assert shown["because"] == ["rate.horizon_images after 240 images: 240, then 480"]
     assert "PASS" in rediffuse("reproduce", run, root=tmp_path).stdout
+
+
+def test_resume_of_a_run_that_stopped_early_changes_nothing_but_with_more_patience_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # At this rate no weight moves, and only the first validation is a better one.
+    still = ("training.learning_rate=1e-30", "training.previews=false", "data.workers=0")
+    checked = ("training.validate_every_images=48", "training.validation_images=8")
+    patient = "training.early_stopping_checks"
+    words = compose([*TINY, *still, *checked, LENGTH, f"{patient}=2"])
+    run = launch.trained(words, root=tmp_path)[0].directory
+
+    def resumed(*words: str) -> str:
+        assert launch.resume(run.name, words, root=tmp_path) == 0
+        return capfd.readouterr().out
+
+    said = capfd.readouterr().out
+    assert "no better validation loss in 2 checks at 144 of 960 images" in said
+    assert f"resume  rediffuse resume {run.name} {patient}=4" in said
+    before = content(tmp_path)
+    said = resumed()
+    assert "is finished at 144 images (no better validation loss in 2 checks); nothing to" in said
+    assert f"to go on: rediffuse resume {run.name} {patient}=4\n" in said
+    assert content(tmp_path) == before
+    edit(run / "run.json", "FINISHED", "RUNNING")  # it was killed before it had said so
+    before = content(run / "checkpoints"), metrics(tmp_path, run.name)
+    assert "2 checks at 144 of" in resumed()
+    assert "3 checks at 192 of" in resumed(f"{patient}=3")
+    assert before[1] == metrics(tmp_path, run.name)[: len(before[1])]
+    before = content(run / "checkpoints"), metrics(tmp_path, run.name)
+    said = resumed(f"{patient}=null", "training.stop_after_images=96")
+    assert "stopped after 96 images, as asked at 192 of" in said
+    assert before == (content(run / "checkpoints"), metrics(tmp_path, run.name))
 
 
 LEARNING = {

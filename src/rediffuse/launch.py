@@ -26,7 +26,7 @@ from rediffuse.data.batches import Batch, Batches, fixed
 from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
 from rediffuse.images import Images, of_run, prepare
 from rediffuse.legality import check
-from rediffuse.lengths import check_rate, longer, planned_images, with_horizon
+from rediffuse.lengths import check_rate, next_command, planned_images, with_horizon
 from rediffuse.processes import exit_code
 from rediffuse.randomness import RNG_SCHEME, Stream, normal, torch_seeded
 from rediffuse.runs import Record, Run
@@ -52,7 +52,7 @@ from rediffuse.training.devices import (
     keep_freed_memory,
     set_determinism,
 )
-from rediffuse.training.loop import Stop
+from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.loop import train as loop
 from rediffuse.training.memory import free_bytes
 from rediffuse.training.optimizers import parameter_groups
@@ -124,10 +124,13 @@ def resume(
             _load(state, newest, devices)
         _check_equal(config, images, state, devices)
         planned = planned_images(config, images.per_epoch)
-        if state.images_seen >= planned and record.status == "FINISHED":
+        early = hooks.stopped_early(state, config.training.early_stopping_checks)
+        if record.status == "FINISHED" and (early or state.images_seen >= planned):
             if devices.is_main:
-                say(f"run {run.id} is finished at {state.images_seen:,} images; nothing to do")
-                say(f"to go on: {longer(run.id, config)}")
+                why = f" ({early})" if early else ""
+                say(f"run {run.id} is finished at {state.images_seen:,} images{why}; nothing to do")
+                ended = state.images_seen, planned, state.checks_since_best
+                say(f"to go on: {next_command(run.id, config, *ended)}")
                 send_what_is_missing(run, config)
             return 0
         grown = planned > planned_images(old, images.per_epoch)
@@ -504,7 +507,8 @@ def _go(
         steps = session.watched(batches)
         try:
             session.owed_preview(state)
-            reason = loop(recipe, state, steps, [*session.hooks(), interrupts], session.planned)
+            looking: list[Hook] = [*session.hooks(), interrupts]
+            reason = session.ended(state) or loop(recipe, state, steps, looking, session.planned)
             session.save(state)
             session.saved()
             session.final_preview(state)

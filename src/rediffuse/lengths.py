@@ -92,6 +92,17 @@ def longer(run_id: str, config: Config) -> str:
     return f"rediffuse resume {run_id} training.{length}{farther}"
 
 
+def next_command(
+    run_id: str, config: Config, images_seen: int, planned: int, checks_since_best: int
+) -> str:
+    """The command that goes on with a run that has ended, at its planned length or before."""
+    going_on = longer(run_id, config) if images_seen >= planned else f"rediffuse resume {run_id}"
+    patience = config.training.early_stopping_checks
+    if patience is None or checks_since_best < patience:
+        return going_on
+    return f"{going_on} training.early_stopping_checks={checks_since_best + patience}"
+
+
 def _differ(config: Config, one: int, other: int, trusted: Sequence[str] | None) -> bool:
     """Whether the learning rate differs between two horizons, at 1,000 points of the longer one."""
     first, second = (

@@ -19,7 +19,7 @@ from rediffuse.data.batches import Batch, fixed
 from rediffuse.errors import RediffuseError
 from rediffuse.images import Images
 from rediffuse.judging import Proxy
-from rediffuse.lengths import longer, planned_images
+from rediffuse.lengths import next_command, planned_images
 from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.progress import Progress
@@ -138,11 +138,17 @@ class Session:
                 preview = when(self._preview_every, hook=lambda state, _: self.preview(state))
                 looking.append(preview)
             looking.append(when(saves, hook=lambda state, _: self.save(state)))
-        if training.early_stopping_checks and self._validation:
-            looking.append(hooks.stop_early(training.early_stopping_checks))
-        if training.stop_after_images:
-            looking.append(hooks.stop_after(training.stop_after_images))
+        looking.append(hooks.stop_when(self.ended))
         return looking
+
+    def ended(self, state: TrainState) -> str | None:
+        """Why this process takes no further step, though the planned length is not reached."""
+        training = self.config.training
+        if early := hooks.stopped_early(state, training.early_stopping_checks):
+            return early
+        if training.stop_after_images and state.images_seen >= training.stop_after_images:
+            return f"stopped after {training.stop_after_images} images, as asked"
+        return None
 
     def save(self, state: TrainState) -> None:
         """Begin to commit a checkpoint, unless this very step has one, and let old ones go.
@@ -272,8 +278,10 @@ class Session:
         if self._drawn_at is not None:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
-        finished = run.read().status == "FINISHED" and state.images_seen >= self.planned
-        going_on = longer(run.id, self.config) if finished else f"rediffuse resume {run.id}"
+        going_on = f"rediffuse resume {run.id}"
+        if run.read().status == "FINISHED":
+            ended = state.images_seen, self.planned, state.checks_since_best
+            going_on = next_command(run.id, self.config, *ended)
         say(f"  resume  {going_on}")
         say(f"  sample  rediffuse sample {run.id}")
 

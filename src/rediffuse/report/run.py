@@ -12,7 +12,7 @@ from rediffuse.config.schema import Config
 from rediffuse.errors import RediffuseError
 from rediffuse.launch import load_config
 from rediffuse.legality import check_sampling
-from rediffuse.lengths import longer
+from rediffuse.lengths import next_command, planned_images
 from rediffuse.models import Model, find, load
 from rediffuse.processes import alone
 from rediffuse.report import curves, images, page
@@ -22,6 +22,7 @@ from rediffuse.runs import Run
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import read_metrics
 from rediffuse.tracking.tracker import Row
+from rediffuse.training import committed
 
 Facts = dict[str, Any]
 
@@ -148,13 +149,24 @@ def _parameters(config: Config, classes: int, trust: Sequence[str]) -> int | Non
 
 def _commands(run: Run, facts: Facts, config: Config) -> dict[str, str]:
     """What to type next."""
-    going_on = (
-        longer(run.id, config) if facts["status"] == "FINISHED" else f"rediffuse resume {run.id}"
-    )
+    going_on = f"rediffuse resume {run.id}"
+    if facts["status"] == "FINISHED":
+        data = facts["data"] if isinstance(facts["data"], dict) else {}
+        per_epoch = data.get("train_images") or 1
+        ended = facts["images"], planned_images(config, per_epoch), _checks_since_best(run)
+        going_on = next_command(run.id, config, *ended)
     found = {"resume": going_on, "sample": f"rediffuse sample {run.id}"}
     if len(facts["command"]) > 1:
         found["was started by"] = overview.command_line(facts["command"])
     return found
+
+
+def _checks_since_best(run: Run) -> int:
+    """How many validations the newest checkpoint has seen since the best one."""
+    try:
+        return int(committed.facts(committed.checkpoints(run.checkpoints)[-1])["checks_since_best"])
+    except (RediffuseError, LookupError, TypeError, ValueError):
+        return 0
 
 
 def _environment(run: Run) -> Facts:

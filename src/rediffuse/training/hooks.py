@@ -213,24 +213,21 @@ def state_digests(state: TrainState) -> dict[str, str]:
     return found
 
 
-def stop_early(checks: int) -> Hook:
-    """Stop after so many validations without a better one."""
+def stop_when(reason: Callable[[TrainState], str | None]) -> Hook:
+    """Stop for a reason that the state alone gives."""
 
     def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        if state.checks_since_best >= checks:
-            raise Stop(f"no better validation loss in {checks} checks")
+        if why := reason(state):
+            raise Stop(why)
 
     return look
 
 
-def stop_after(images: int) -> Hook:
-    """End this process early, without changing the plan."""
-
-    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        if state.images_seen >= images:
-            raise Stop(f"stopped after {images} images, as asked")
-
-    return look
+def stopped_early(state: TrainState, checks: int | None) -> str | None:
+    """Why training has ended by early stopping, if it has: `checks` validations in vain."""
+    if checks is None or state.checks_since_best < checks:
+        return None
+    return f"no better validation loss in {checks} checks"
 
 
 def first_step(tell: Callable[[str], None]) -> Hook:
