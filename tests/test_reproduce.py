@@ -219,6 +219,15 @@ def test_a_run_without_digests_is_refused_in_one_line(
     assert re.fullmatch(r"error: run \w+ has no digests from its first step on .*\n", done.stderr)
 
 
+def test_a_comparison_that_did_not_reach_every_digest_is_no_success(root: Path) -> None:
+    file = the_run(root) / "logs" / "digests.jsonl"
+    *rows, one, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*rows, last, one]))  # training ends at the digest that is last
+    done = cli("reproduce", the_run(root).name, root=root, check=1)
+    ended = "training ended before the last digest; 5 of 7 digests compared, all equal"
+    assert done.stdout.splitlines()[-1] == f"UNFINISHED: {ended}"
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_leaves_nothing(root: Path) -> None:
     run = the_run(root)

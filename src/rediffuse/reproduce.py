@@ -7,9 +7,8 @@ holds the exact loss and digests of weights, average and moments after some step
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +110,8 @@ def reproduce(
 ) -> int:
     """Train a run again, for so many steps or as far as it came; return the exit code.
 
-    0 if every digest is equal, 1 if the two part, which is where training stops.
+    0 if every digest is equal; 1 if the two part, which is where training stops, or if training
+    ends before the last digest.
 
     Raises:
         RediffuseError: if the run cannot be found or trained, or has no digests.
@@ -173,7 +173,7 @@ def reproduce(
         say(json_text(facts))
     else:
         _tell(facts, kept, signal.name if signal else "")
-    return exit_code(signal) if signal else int(facts["verdict"] == "FAIL")
+    return exit_code(signal) if signal else int(facts["verdict"] != "PASS")
 
 
 def read_record(run: Run) -> Record:
@@ -196,7 +196,7 @@ def read_record(run: Run) -> Record:
     for line in reversed(drifts):
         if line.config and line.images_seen:  # with 0 the run began anew
             parts.append((line.images_seen, checked(tree)))
-            tree = _undone(tree, line.config, began)
+            tree = drift.undone(tree, line.config, began)
     parts.append((0, checked(tree)))
     return Record(lines[0], lines[1:], parts[::-1], drifts)
 
@@ -255,21 +255,6 @@ def _undisturbed(config: Config) -> Tree:
     tree["training"] |= {"stop_after_images": None, "previews": False}
     tree["tracking"]["trackers"] = []
     return tree
-
-
-def _undone(tree: Tree, changes: drift.Changes, began: Collection[str]) -> Tree:
-    """A configuration before it was changed on the way; arguments that a part had not go again."""
-    before = deepcopy(tree)
-    for key, (was, _) in changes.items():
-        *sections, last = key.split(".")
-        at = before
-        for section in sections:
-            at = at[section]
-        if was is None and key not in began:
-            del at[last]
-        else:
-            at[last] = was
-    return before
 
 
 def _plain(row: Mapping[str, Any]) -> Row:
@@ -340,7 +325,9 @@ def _tell(facts: Tree, kept: Run | None, signal: str) -> None:
     if facts["verdict"] == "PASS":
         say(f"PASS: {facts['equal']} digests equal up to {facts['equal_up_to_images']:,} images")
     elif facts["verdict"] == "UNFINISHED":
-        say(f"{signal} received: {facts['equal']} of {facts['digests']} digests equal")
+        ended = f"{signal} received" if signal else "training ended before the last digest"
+        told = f"{facts['equal']} of {facts['digests']} digests compared, all equal"
+        say(f"UNFINISHED: {ended}; {told}")
     else:
         say(
             f"FAIL: they part at step {facts['part_at_step']} ({facts['part_at_images']:,} images) "

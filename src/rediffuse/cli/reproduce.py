@@ -33,7 +33,8 @@ def reproduce(
 ) -> int:
     """Train a run again from what it recorded, and compare the two bit for bit.
 
-    Says PASS, or where they part, in what, and what differs between then and now (exit code 1).
+    Says PASS, or where they part, in what, and what differs between then and now (exit code 1; also
+    where training ends before the last digest).
 
     \b
     Examples:
