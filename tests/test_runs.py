@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import edit
 from filelock import FileLock
 
-from rediffuse import drift, overview, runs
+from rediffuse import drift, launch, overview, runs
+from rediffuse.config.compose import changes, compose, dump_yaml, is_under, leaves
+from rediffuse.config.schema import FREE
 from rediffuse.errors import RunError
 from rediffuse.runs import (
     Run,
@@ -31,6 +34,7 @@ from rediffuse.runs import (
     locked,
     status_now,
 )
+from rediffuse.tracking.jsonl import append
 
 A, B, C = "abcdef0" + "1" * 25, "abcdef0" + "2" * 25, "123456" + "3" * 26
 
@@ -155,6 +159,74 @@ def test_what_decides_no_bit_is_kept_and_is_no_reason(root):
     drift.note(run, {}, {"packages": {"rich": "2", "torch": "2"}, "platform": "x"}, 640)
     assert drift.read(run) == [(640, {}, {"packages.rich": ("1", "2"), "platform": (None, "x")})]
     assert drift.reasons(run) == []
+
+
+@pytest.fixture
+def trained(root):
+    """A run that began with the default configuration, and has trained a step."""
+    run, config = Run(root / A), compose(["threads=1", "rate.horizon_images=54640"])
+    run.config.write_text(dump_yaml(config))
+    recorded = {key: v for key, v in leaves(config.model_dump()).items() if not is_under(key, FREE)}
+    run.logs.mkdir(exist_ok=True)
+    append(run.digests, 0, {"config": recorded})
+    append(run.digests, 64, {"loss": "0x1p+0"})
+    run.environment.write_text(json.dumps(here(threads=1)))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("\nseed: 0\n", "\nseed: 1\n", "seed is 1 there, and the run recorded 0"),
+        ("flip: false", "flip: true", "data.flip is True there, and the run recorded False"),
+        (
+            "  dropout: 0.0\n",
+            "  dropout: 0.0\n  new: 3\n",
+            "model.new is 3 there, and the run recorded absent",
+        ),
+        (
+            "target:\n  name: v\n",
+            "target:\n  name: eps\n",
+            "target.name is eps there, and the run recorded v",
+        ),
+    ],
+)
+def test_a_fixed_key_that_was_edited_is_refused_and_shown(trained, old, new, told):
+    assert drift.reasons(trained) == []
+    edit(trained.config, old, new)
+    assert f"config.yaml was edited: {told}" in drift.reasons(trained)
+    key, value, *_ = told.split(" is ")
+    with pytest.raises(RunError, match=f"config.yaml was edited: {key} is {value.split()[0]} "):
+        launch.to_resume(trained, [])
+
+
+def test_a_declared_key_that_was_edited_is_a_change_like_a_typed_one(trained):
+    edit(trained.config, "learning_rate: 0.002\n", "learning_rate: 0.001\n")
+    edit(trained.config, "epochs: 40.0\n", "epochs: 50.0\n")  # free
+    told = "training.learning_rate is 0.001 there, and the run recorded 0.002"
+    assert drift.reasons(trained) == [f"config.yaml was edited: {told}"]
+    old, new = launch.to_resume(trained, ["optimizer.weight_decay=0.1"])
+    changed = changes(old, new)
+    assert changed == {
+        "training.learning_rate": (0.002, 0.001),
+        "optimizer.weight_decay": (0.01, 0.1),
+    }
+    drift.note(trained, changed, here(threads=1), 64)
+    trained.config.write_text(dump_yaml(new))
+    assert drift.edited(trained) == {}
+    assert launch.to_resume(trained, []) == (new, new)
+
+
+def test_a_field_that_is_younger_than_a_run_is_no_edit(trained):
+    lines = trained.digests.read_text()
+    trained.digests.write_text(lines.replace('"training.time_strata": 1, ', ""))
+    assert drift.edited(trained) == {}
+
+
+def test_changes_that_no_configuration_has_are_refused(trained):
+    drift.note(trained, {"optimizer.eps.deep": (None, 1)}, here(threads=1), 64)
+    with pytest.raises(RunError, match=r"optimizer\.eps\.deep"):
+        launch.to_resume(trained, [])
 
 
 def here(threads, code="old"):

@@ -4,12 +4,14 @@
 machine: `{"images": 1280, "time": ..., "config": {key: [old, new]}, "environment": {...}}`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rediffuse.config.compose import leaves
+from rediffuse.config.compose import checked, is_under, leaves, read_yaml
+from rediffuse.config.schema import DECLARED, FREE, Config
 from rediffuse.errors import RunError
 from rediffuse.reading import read_object, why
 from rediffuse.runs import Run, wrong
@@ -134,6 +136,87 @@ def class_names(environment: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple((environment.get("data") or {}).get("class_names") or ())
 
 
+def recorded_config(run: Run) -> dict[str, Any]:
+    """The configuration that a run has recorded, by full keys, without what may change freely.
+
+    It is the one that the run began with, in the first line of its digests, and every change that
+    a resume declared. Empty where the run has not begun to train.
+
+    Raises:
+        RunError: if a line is damaged.
+    """
+    first = next((line for line, _ in lines_since(run.digests, 0)), {})
+    known = first.get("config")
+    recorded = dict(known) if isinstance(known, dict) else {}
+    for line in read(run) if recorded else ():
+        recorded |= {key: now for key, (_, now) in line.config.items()}
+    return recorded
+
+
+def edited(run: Run) -> Changes:
+    """What in `config.yaml` is not what the run recorded: somebody edited the file.
+
+    Raises:
+        RediffuseError: if a file is damaged.
+    """
+    if not (recorded := recorded_config(run)):
+        return {}
+    now = leaves(checked(read_yaml(run.config)).model_dump())
+    # A field of the schema that is missing in the record is younger than the run.
+    arguments = [key for key in now if key not in recorded and not _is_field(key)]
+    return {
+        key: (recorded.get(key), now.get(key))
+        for key in (*recorded, *arguments)
+        if not is_under(key, FREE) and recorded.get(key) != now.get(key)
+    }
+
+
+def refuse_edited(run: Run) -> Changes:
+    """Return the declared keys that were edited in `config.yaml`; refuse fixed ones.
+
+    Raises:
+        RunError: naming a fixed key, what the run recorded and what the file says now.
+    """
+    found = edited(run)
+    for key, (was, now) in found.items():
+        if not is_under(key, DECLARED):
+            raise RunError(
+                f"{run.config} was edited: {key} is {short(now)} there, and run {run.id} was "
+                f"trained with {short(was)}; restore it, or start a new run for another value"
+            )
+    return found
+
+
+def undone(tree: dict[str, Any], changes: Changes, known: Collection[str]) -> dict[str, Any]:
+    """A configuration before changes; arguments of parts that are not in `known` are removed.
+
+    Raises:
+        RunError: if a change is of what a configuration has no place for.
+    """
+    before = deepcopy(tree)
+    for key, (was, _) in changes.items():
+        *sections, last = key.split(".")
+        at = before
+        for section in sections:
+            at = at.setdefault(section, {})
+            if not isinstance(at, dict):
+                raise RunError(f"a recorded change is of {key}, which no configuration has")
+        if was is None and key not in known:
+            at.pop(last, None)
+        else:
+            at[last] = was
+    return before
+
+
+def _is_field(key: str) -> bool:
+    """Whether a full key is a field of the schema, not an argument of a part."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return name in Config.model_fields
+    field = Config.model_fields.get(section)
+    return field is not None and name in getattr(field.annotation, "model_fields", {})
+
+
 def decides(key: str) -> bool:
     """Whether bits may depend on this key of the environment."""
     return f"{key}.".startswith(tuple(f"{name}." for name in DECISIVE))
@@ -141,7 +224,12 @@ def decides(key: str) -> bool:
 
 def reasons(run: Run) -> list[str]:
     """Why a run is no longer comparable bit for bit with one that went straight through."""
-    return [line for drift in read(run) for line in drift.told(drift.decisive)]
+    changed = [line for drift in read(run) for line in drift.told(drift.decisive)]
+    by_hand = [
+        f"config.yaml was edited: {key} is {short(now)} there, and the run recorded {short(was)}"
+        for key, (was, now) in edited(run).items()
+    ]
+    return changed + by_hand
 
 
 def short(value: Any) -> str:

@@ -146,11 +146,13 @@ def resume(
 def to_resume(run: Run, words: Sequence[str]) -> tuple[Config, Config]:
     """A run's own configuration, and the one that it is resumed with.
 
+    A declared key that was edited in the run's file since is a change like one in `words`.
+
     Raises:
-        RediffuseError: if the run's is damaged, or `words` change what may not change.
+        RediffuseError: if the run's is damaged, or `words` or an edit change what may not change.
     """
-    old = load_config(run)
-    tree = old.model_dump()
+    edits, tree = drift.refuse_edited(run), load_config(run).model_dump()
+    old = checked(drift.undone(tree, edits, drift.recorded_config(run)))
     tree["training"]["stop_after_images"] = None  # that was for the process before
     typed = typed_values(words)
     refuse_groups(typed, tree)

@@ -169,12 +169,12 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         if before.get(key) != after.get(key)
     }
     for key, (was, now) in differing.items():
-        if not _under(key, FREE + DECLARED):
+        if not is_under(key, FREE + DECLARED):
             raise ConfigError(
                 f"{key} is {was!r} in this run and cannot become {now!r} on the way; start a new "
                 "run for that (`rediffuse train ... parent_run_id=ID` records where it came from)"
             )
-    return {key: pair for key, pair in differing.items() if not _under(key, FREE)}
+    return {key: pair for key, pair in differing.items() if not is_under(key, FREE)}
 
 
 _MOST_RUNS = 10_000
@@ -489,7 +489,8 @@ def _all_keys(tree: Tree) -> list[str]:
     return list(dict.fromkeys([*leaves(tree), *fields]))
 
 
-def _under(key: str, prefixes: Sequence[str]) -> bool:
+def is_under(key: str, prefixes: Sequence[str]) -> bool:
+    """Whether a full key is one of `prefixes`, or lies in a section that is."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
