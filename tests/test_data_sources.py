@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import unicodedata
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image, ImageOps
 from published import idx, write_idx
 
-from rediffuse.data.decoding import read, to_square
+from rediffuse.data.decoding import header, read, to_square
 from rediffuse.data.packing import pack
 from rediffuse.data.published import read_idx
 from rediffuse.data.sources import Example, Source
@@ -59,6 +60,21 @@ def png_that_claims(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def png(levels, bits, transparent=None, colour=0):
+    """A PNG of one row with so many bits per channel, and a level that is transparent."""
+    width = len(levels)
+    packed = "".join(f"{level:0{bits}b}" for level in np.ravel(levels))
+    row = b"\0" + int(packed, 2).to_bytes(len(packed) // 8, "big")
+    level = b"" if transparent is None else struct.pack(f">{len(transparent)}H", *transparent)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))
+        + (chunk(b"tRNS", level) if level else b"")
+        + chunk(b"IDAT", zlib.compress(row))
+        + chunk(b"IEND", b"")
+    )
+
+
 def heavy(path):
     Image.fromarray(noise(8, 8)).save(path)
     os.truncate(path, 50_000_001)  # makes it longer; what follows a PNG's end is ignored
@@ -74,12 +90,15 @@ BROKEN = {
     "empty.png": lambda path: path.write_bytes(b""),
     "text.webp": lambda path: path.write_text("not an image"),
     "postscript.png": lambda path: Image.new("RGB", (8, 8)).save(path, "EPS"),
-    "bitmap.png": lambda path: Image.new("RGB", (8, 8)).save(path, "BMP"),
+    "icon.png": lambda path: Image.new("RGB", (8, 8)).save(path, "ICO"),
+    "float.tif": lambda path: Image.new("F", (8, 8)).save(path),
+    "deep.tif": lambda path: Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(path),
     "bomb.png": lambda path: path.write_bytes(png_that_claims(65500, 65500)),
     "warned.png": lambda path: path.write_bytes(png_that_claims(10000, 10000)),
     "large.png": lambda path: path.write_bytes(png_that_claims(8001, 8000)),
     "heavy.png": heavy,
     "link.png": lambda path: path.symlink_to("nowhere"),
+    "loop.png": lambda path: path.symlink_to("loop.png"),
     "folder.png": lambda path: path.mkdir(),
     "pipe.png": lambda path: os.mkfifo(path),
 }
@@ -101,6 +120,40 @@ class TestDecoding:
         BROKEN[name](tmp_path / name)  # there are no pixels behind these headers
         with pytest.raises(DataError, match="more than 64 million pixels"):
             read(tmp_path / name)
+
+    @pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tif", "tiff", "jp2"])
+    def test_kinds_without_loss_keep_their_pixels(self, tmp_path, suffix):
+        how = {"lossless": True} if suffix == "webp" else {}
+        Image.fromarray(noise(8, 9)).save(tmp_path / f"a.{suffix}", **how)
+        assert np.array_equal(read(tmp_path / f"a.{suffix}").convert("RGB"), noise(8, 9))
+        assert header(tmp_path / f"a.{suffix}").size == (9, 8)
+
+    @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "jpe", "jfif", "avif", "gif"])
+    def test_kinds_with_loss_come_near_their_pixels(self, tmp_path, suffix):
+        smooth = np.broadcast_to(np.arange(0, 256, 8, dtype=np.uint8)[:, None, None], (32, 32, 3))
+        Image.fromarray(smooth).save(tmp_path / f"a.{suffix}")
+        part = folder(path=tmp_path).parts["train"]
+        assert len(part) == 1
+        assert np.abs(np.asarray(part[0].image.convert("RGB"), int) - smooth).max() <= 8
+
+    def test_heic_is_read_by_pillow_heif_which_is_asked_for_where_it_is_missing(
+        self, tmp_path, monkeypatch
+    ):
+        pillow_heif = pytest.importorskip("pillow_heif", reason="needs the extra heif")
+        smooth = np.broadcast_to(np.arange(0, 256, 8, dtype=np.uint8)[:, None, None], (32, 32, 3))
+        image = pillow_heif.from_pillow(Image.fromarray(smooth))
+        image.save(tmp_path / "a.heic", quality=100)
+        assert np.abs(np.asarray(read(tmp_path / "a.heic"), int) - smooth).max() <= 8
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(DataError, match=r"needs pillow-heif: pip install 'rediffuse\[heif\]'"):
+            read(tmp_path / "a.heic")
+
+    def test_a_jpeg_with_a_second_picture_is_a_jpeg(self, tmp_path):
+        frames = [Image.fromarray(noise(8, 8, seed=k)) for k in range(2)]
+        frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / "alone.jpg")
+        assert header(tmp_path / "a.jpg").format == "JPEG"
+        assert np.array_equal(read(tmp_path / "a.jpg"), read(tmp_path / "alone.jpg"))
 
     def test_a_link_to_a_regular_file_is_followed(self, tmp_path):
         save(tmp_path, "kept/a.png")
@@ -186,6 +239,25 @@ class TestSquare:
         white = [255, 255, 255]
         assert square.transpose(1, 2, 0).tolist() == [[[10, 20, 30], white], [white, [10, 20, 30]]]
 
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+    def test_the_transparent_level_of_grey_is_transparent_and_no_other(self, tmp_path, bits):
+        levels = np.linspace(0, 2**bits - 1, 8).round().astype(int)
+        for transparent in {*levels.tolist()}:
+            (tmp_path / "a.png").write_bytes(png(levels, bits, [transparent]))
+            image = read(tmp_path / "a.png")
+            kept = to_square(image, 8, 4, "pad")[:, 3]
+            assert kept[3].tolist() == np.where(levels == transparent, 0, 255).tolist()
+            assert kept[0].tolist() == np.rint(levels * (255 / (2**bits - 1))).tolist()
+            shown = to_square(image, 8, 3, "pad")[0, 3]
+            assert shown.tolist() == np.where(levels == transparent, 255, kept[0]).tolist()
+
+    def test_the_transparent_colour_of_16_bits_is_known_by_all_of_them(self, tmp_path):
+        colours = np.array([[300, 300, 300], [300, 300, 301], [301, 300, 300], [9, 9, 9]] * 2)
+        (tmp_path / "a.png").write_bytes(png(colours, 16, [300, 300, 300], colour=2))
+        square = to_square(read(tmp_path / "a.png"), 8, 4, "pad")[:, 3]
+        assert square[3].tolist() == [0, 255, 255, 255] * 2
+        assert square[0].tolist() == [1, 1, 1, 0] * 2
+
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
     @pytest.mark.parametrize("channels", [1, 3, 4])
     def test_white_stays_white_and_black_black_in_every_mode(self, tmp_path, mode, channels):
@@ -229,10 +301,13 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("files", "message"),
         [
-            ([], "holds no PNG, JPEG or WebP files"),
+            ([], "holds no PNG, .* HEIC files$"),
             (["a.png", "b/c.png"], "holds both images .* and folders"),
             (["a/b/c.png"], "data.path=.*/a$"),
-            (["a/b.png", "c/d.bmp"], "c is read as a class, but holds no PNG"),
+            (
+                ["a/b.png", "c/d.ppm"],
+                r"c is read as a class, but holds no PNG.*\(left out: 1 \.ppm\)",
+            ),
         ],
     )
     def test_a_folder_that_cannot_be_understood_is_refused(self, tmp_path, files, message):
@@ -261,6 +336,56 @@ class TestFolder:
         save(tmp_path / "val", validation)
         with pytest.raises(DataError, match=message):
             folder(path=tmp_path / "train", validation_path=tmp_path / "val")
+
+    def test_folders_of_systems_and_hidden_files_are_left_out_and_counted(self, tmp_path):
+        save(tmp_path, "cat/0.png", "dog/1.png")
+        left_out = ("@eaDir/0.png/thumb.jpg", "__MACOSX/cat/._0.png", ".ipynb_checkpoints/0.png")
+        save(tmp_path, *left_out, "$RECYCLE.BIN/2.png", "cat/@eaDir/3.png", "cat/._0.png")
+        (tmp_path / "System Volume Information").mkdir()
+        for name in ("Thumbs.db", "cat/desktop.ini", "cat/NOTES", "cat/.DS_Store"):
+            (tmp_path / name).write_bytes(b"\0")
+        source = folder(path=tmp_path)
+        assert source.class_names == ("cat", "dog")
+        assert [e.name for e in examples(source.parts["train"])] == ["cat/0.png", "dog/1.png"]
+        assert source.left_out["train"] == {
+            "folder @eaDir": 2,
+            "folder __MACOSX": 1,
+            "folder .ipynb_checkpoints": 1,
+            "folder $RECYCLE.BIN": 1,
+            "folder System Volume Information": 1,
+            "hidden": 2,
+            ".db": 1,
+            ".ini": 1,
+            "without suffix": 1,
+        }
+
+    def test_a_loop_of_links_is_one_broken_image_and_no_end_of_the_others(self, tmp_path):
+        save(tmp_path, "a.png")
+        (tmp_path / "b.png").symlink_to("b.png")
+        (tmp_path / "c").symlink_to("c")
+        good, loop = examples(folder(path=tmp_path, on_broken="skip").parts["train"])
+        assert (good.name, loop.name) == ("a.png", "b.png")
+        assert loop.reason == "it cannot be read (Too many levels of symbolic links)"
+
+    def test_class_names_are_equal_however_a_system_writes_their_accents(self, tmp_path):
+        for form in ("NFC", "NFD"):
+            for name in ("café", "tea"):
+                save(tmp_path / form, f"{unicodedata.normalize(form, name)}/0.png")
+        source = folder(path=tmp_path / "NFD", validation_path=tmp_path / "NFC")
+        assert source.class_names == ("caf\u00e9", "tea")
+        for part in source.parts.values():
+            assert [e.label for e in examples(part)] == [0, 1]
+        save(tmp_path / "NFD", "caf\u00e9/0.png")
+        with pytest.raises(DataError, match=r"two folders named 'café', .*NFC and NFD"):
+            folder(path=tmp_path / "NFD")
+
+    def test_a_class_name_that_is_not_utf_8_is_refused_and_a_file_name_is_not(self, tmp_path):
+        save(tmp_path, "a/0.png")
+        (tmp_path / "a/0.png").rename(os.fsdecode(bytes(tmp_path) + b"/a/\xe9.png"))
+        assert len(examples(folder(path=tmp_path).parts["train"])) == 1
+        (tmp_path / "a").rename(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+        with pytest.raises(DataError, match=r"caf\\xe9': the name of a class has to be UTF-8"):
+            folder(path=tmp_path)
 
     def test_identity_changes_with_the_files_and_only_then(self, tmp_path):
         save(tmp_path, "a.png", "b.png")

@@ -1,6 +1,7 @@
 """Figures that come with their protocol, from a run or from folders, without a network around."""
 
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -423,13 +424,25 @@ def test_jpeg_files_are_named_on_the_card_and_in_a_warning(
     assert "JPEG files among them" in out
 
 
+def test_a_jpeg_file_with_a_second_picture_is_told_as_jpeg(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = squares(tmp_path / "a", 24), squares(tmp_path / "b", 24)
+    grey = Image.new("RGB", (8, 8))
+    grey.save(a / "000.png", "MPO", save_all=True, append_images=[grey])
+    assert given(a, b, tmp_path / "root") == 0
+    assert "JPEG files; what compression did to them is in every figure" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda place: place / "none", "there is no such folder"),
-        (lambda place: squares(place / "empty", 0), "holds no PNG, JPEG or WebP files"),
+        (lambda place: squares(place / "empty", 0), "holds no PNG, JPEG, .* files"),
         (lambda place: squares(place / "large", 4, size=9), "has 9x9.*--size N brings all to N"),
         (lambda place: f"{place / 'b'}:test", "only a packed data set has parts"),
+        (lambda place: "~nobody-of-this-name/a", "there is no such folder"),
+        (lambda place: "a\0b", "there is no such folder"),
     ],
 )
 def test_given_images_that_cannot_be_compared_are_refused(
@@ -441,10 +454,22 @@ def test_given_images_that_cannot_be_compared_are_refused(
     assert not (tmp_path / "root").exists()
 
 
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda file: file.write_bytes(b"nothing"),
+        lambda file: os.mkfifo(file),
+        lambda file: file.symlink_to(file.name),
+        lambda file: file.symlink_to("/dev/zero"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named_and_never_waited_for(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
     a, b = squares(tmp_path / "a", 24), squares(tmp_path / "b", 24)
-    (a / "003.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"a/003\.png cannot be read"):
+    (a / "003.png").unlink()
+    make(a / "003.png")
+    with pytest.raises(DataError, match=r"a/003\.png cannot be used"):
         given(a, b, tmp_path / "root")
 
 

@@ -23,6 +23,7 @@ from rediffuse.api import load, sample
 from rediffuse.cli import rediffuse as cli
 from rediffuse.config.compose import compose
 from rediffuse.config.schema import Config, Part
+from rediffuse.data.decoding import KINDS
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.gallery import Options, wanted
 from rediffuse.pictures import film
@@ -205,7 +206,7 @@ def test_what_is_broken_is_named_and_the_rest_is_shown(spoilt: Path) -> None:
     page = Page(spoilt / "report.html")
     assert page.figures == [*CURVES, *PREVIEWS, *SCHEDULE]
     for told in (
-        f"{first.name} is left out: it is not a PNG, JPEG or WebP image.",
+        f"{first.name} is left out: it is not a {KINDS} image.",
         "Not drawn: no checkpoint in",
         "bad.json cannot be read",
     ):

@@ -250,6 +250,7 @@ def test_reconstruction_walks_to_noise_and_back(
 ) -> None:
     start = given(trained, tmp_path / "start", count=4)
     (start / "grid.png").unlink()
+    (start / "._000000.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")  # AppleDouble
     root, run = trained
     out = tmp_path / "out"
     gallery.sample(run, Options(root, inputs=start, reconstruct=True, steps=100, output_dir=out))

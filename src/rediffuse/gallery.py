@@ -18,8 +18,9 @@ from torch import Tensor
 from rediffuse.config.compose import part_from_file, typed_values
 from rediffuse.config.schema import Data, Part, Sampling
 from rediffuse.data.ahead import ahead
-from rediffuse.data.decoding import SUFFIXES, read, to_square
+from rediffuse.data.decoding import KINDS, read, to_square
 from rediffuse.data.pixels import to_model, to_uint8
+from rediffuse.data.sources.folder import image_names
 from rediffuse.drawing import (
     Job,
     Way,
@@ -436,9 +437,9 @@ def _inputs(data: Data, path: Path) -> Tensor:
     """The given images in the model's range: one file, or all of a folder in alphabetical order."""
     files = [path]
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+        files = [path / name for name in image_names(path).images]
         if not files:
-            raise DataError(f"{path}: there is no PNG, JPEG or WebP image in this folder")
+            raise DataError(f"{path}: there is no {KINDS} image in this folder")
     return to_model(_squares(data, files), data.mean, data.std)
 
 

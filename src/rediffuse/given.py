@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from rediffuse.data.decoding import FORMATS
+from rediffuse.data.decoding import header
 from rediffuse.data.packing import FACTS, Packed, open_packed, pack
 from rediffuse.data.sources import Source, identity_of
 from rediffuse.data.sources.folder import Files, folder
@@ -20,7 +18,7 @@ from rediffuse.reading import read_object
 from rediffuse.references import Real, home, whole
 
 _MANIFEST, _MANIFEST_BYTES = "manifest.json", 2_000_000_000
-_GREY = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
+_GREY = {"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
 @dataclass(frozen=True)
@@ -63,22 +61,31 @@ def pair(
 
 def _side(word: str) -> Side:
     """Find out what a word names, by what lies there."""
-    name, colon, part = word.rpartition(":")
-    path = Path(name if colon and not Path(word).exists() else word).expanduser()
-    if not path.is_dir():
-        raise DataError(f"{word[:200]}: there is no such folder of images or packed data set")
+    path, part = _path_and_part(word)
     if (path / FACTS).is_file():
         found = open_packed(path)
         sizes = {(found.image_size, found.image_size): "packed images"}
-        which = part if path != Path(word).expanduser() else "train"
+        which = part or "train"
         found.part(which)
         return Side(word, which, found, sizes, found.channels, ())
-    if path != Path(word).expanduser():
+    if part:
         raise DataError(f"{word}: only a packed data set has parts; {path} is a folder of files")
     source = _job(path) if (path / _MANIFEST).is_file() else folder(path=path)
     files = source.parts["train"]
     assert isinstance(files, Files)
     return Side(word, None, source, *_headers(files))
+
+
+def _path_and_part(word: str) -> tuple[Path, str | None]:
+    """The folder that a word names, and what follows a colon behind it."""
+    name, _, part = word.rpartition(":")
+    try:
+        for text, rest in ((word, None), (name, part)):
+            if text and (path := Path(text).expanduser()).is_dir():
+                return path, rest
+    except (OSError, RuntimeError, ValueError):  # a loop of links, ~nobody, a NUL
+        pass
+    raise DataError(f"{word[:200]!r}: there is no such folder of images or packed data set")
 
 
 def _job(path: Path) -> Source:
@@ -105,13 +112,12 @@ def _headers(files: Files) -> tuple[dict[tuple[int, int], str], int, tuple[str, 
     formats, modes = set(), set()
     for name, _ in files.names:
         try:
-            with Image.open(files.root / name, formats=FORMATS) as image:
-                sizes.setdefault(image.size, name)
-                formats.add(str(image.format))
-                modes.add(image.mode)
-        except Exception as broken:  # Pillow raises whatever it stumbles over
-            why = " ".join(str(broken).split())[:200]
-            raise DataError(f"{files.root / name} cannot be read ({why})") from None
+            image = header(files.root / name)
+        except DataError as reason:
+            raise DataError(f"{files.root / name} cannot be used: {reason}") from None
+        sizes.setdefault(image.size, name)
+        formats.add(image.format)
+        modes.add(image.mode)
     return sizes, 1 if modes <= _GREY else 3, tuple(sorted(formats))
 
 

@@ -8,6 +8,7 @@ import gradio as gr
 import numpy as np
 
 from rediffuse.build import names
+from rediffuse.data.decoding import SUFFIXES
 from rediffuse.errors import RediffuseError
 from rediffuse.runs import find_run
 from rediffuse.studio import acts, shelf, showing
@@ -260,7 +261,7 @@ def _edit(desk: Desk, run: gr.Dropdown) -> list[tuple[Panel, str]]:
             with gr.Row():
                 file = gr.UploadButton(
                     "Upload an image",
-                    file_types=[".png", ".jpg", ".jpeg", ".webp"],
+                    file_types=list(SUFFIXES),
                     size="md",
                     min_width=120,
                     elem_id="edit-file",

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -53,11 +54,13 @@ class Source:
     """Images by part: "train" and, where there are any, "validation" and "test".
 
     `identity` is a digest of where the images come from, cheap to make, that changes when they do.
+    `left_out` counts, by part, what lies among the images and is none: by suffix, folders by name.
     """
 
     class_names: tuple[str, ...]
     parts: Mapping[str, Examples]
     identity: str
+    left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 Contents = tuple[tuple[str, ...], Mapping[str, Examples]]
@@ -66,6 +69,8 @@ Contents = tuple[tuple[str, ...], Mapping[str, Examples]]
 
 class LateSource:
     """A source that is read when its classes or images are asked for: not where they are packed."""
+
+    left_out: Mapping[str, Mapping[str, int]] = {}
 
     def __init__(self, identity: str, read: Callable[[], Contents]) -> None:
         self.identity, self._read = identity, read
@@ -108,9 +113,28 @@ class ArrayExamples:
         )
 
 
+def counted(left_out: Mapping[str, int], most: int = 8) -> str:
+    """What was left out, in words: `12 .txt, 2 hidden, folder @eaDir`; the most frequent first."""
+    words = [
+        what if what.startswith("folder ") and count == 1 else f"{count:,} {what}"
+        for what, count in sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+    rest = [f"{len(words) - most} more kinds"] if len(words) > most else []
+    return ", ".join([*words[:most], *rest])
+
+
+_SAMPLED_FILES = 64
+_SAMPLED_PIECES, _PIECE_BYTES = 16, 65_536
+
+
 def identity_of(files: Iterable[tuple[str, str | os.PathLike[str]]], *settings: str) -> str:
-    """Digest names, sizes and times of change of (name, path) pairs, and what else matters."""
+    """Digest names, sizes and times of change of (name, path) pairs, and what else matters.
+
+    Of some files the contents are digested, too: names, sizes and times stay as they are where
+    images are made anew without compression and their times are set back.
+    """
     digest = hashlib.sha256(repr(settings).encode())
+    paths = []
     for name, path in files:
         try:
             facts = os.stat(path)
@@ -118,4 +142,26 @@ def identity_of(files: Iterable[tuple[str, str | os.PathLike[str]]], *settings: 
         except OSError as error:  # a link that leads nowhere is found out when it is read
             seen = f"error {error.errno}"
         digest.update(os.fsencode(f"{name}\0{seen}\n"))
+        paths.append(path)
+    for path in paths[:: max(1, -(-len(paths) // _SAMPLED_FILES))]:
+        digest.update(_sampled_content(path))
     return digest.hexdigest()
+
+
+def _sampled_content(path: str | os.PathLike[str]) -> bytes:
+    """A digest of a small file, or of pieces from all over a large one; empty if it is none."""
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+            facts = os.fstat(stream.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                return b""
+            most = max(0, facts.st_size - _PIECE_BYTES)
+            for start in sorted(
+                {most * k // (_SAMPLED_PIECES - 1) for k in range(_SAMPLED_PIECES)}
+            ):
+                stream.seek(start)
+                digest.update(stream.read(_PIECE_BYTES))
+    except OSError:  # it is named when it is decoded
+        return b""
+    return digest.digest()
