@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -15,8 +16,8 @@ from PIL import Image
 
 from rediffuse.data import packing
 from rediffuse.data.ahead import ahead
-from rediffuse.data.decoding import to_square
-from rediffuse.data.packing import FACTS, open_packed, pack
+from rediffuse.data.decoding import KINDS, to_square
+from rediffuse.data.packing import FACTS, differing, open_packed, pack, verify
 from rediffuse.data.sources import ArrayExamples, Example, LateSource, Source
 from rediffuse.data.sources.folder import folder
 from rediffuse.data.splits import split
@@ -132,7 +133,7 @@ def test_broken_images_are_named_and_refused_or_left_out_and_recorded(tmp_path):
     packed = pack(folder(path=images, on_broken="skip"), tmp_path / "packed", **AS)
     kept, facts = packed.part("train"), packed.facts["parts"]["train"]
     assert facts["skipped"] == [
-        {"name": "a/3.png", "reason": "it is not a PNG, JPEG or WebP image"},
+        {"name": "a/3.png", "reason": f"it is not a {KINDS} image"},
         {"name": "b/9.png", "reason": "it is not a regular file"},
     ]
     assert facts["per_class"] == {"a": 69, "b": 69}
@@ -208,9 +209,26 @@ packing.pack(source(), sys.argv[1], **AS)
     killed = subprocess.run([sys.executable, "-c", program, place], env=environment, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert not place.exists()
-    assert (tmp_path / ".packed.building" / "train" / "images.npy").exists()
+    (left,) = tmp_path.glob(".packed.building-*")
+    assert (left / "train" / "images.npy").exists()
+    theirs = [tmp_path / ".packed.building", tmp_path / ".packed.old-mine"]
+    for other in theirs:  # with names like ours, and without our mark
+        (other / "train").mkdir(parents=True)
+        (other / "train" / "images.npy").write_text("precious")
     pack(source(), place, **AS)
-    assert sorted(os.listdir(tmp_path)) == [".packed.lock", "packed"]
+    found = sorted(os.listdir(tmp_path))
+    assert found == [".packed.building", ".packed.lock", ".packed.old-mine", "packed"]
+    assert all((other / "train" / "images.npy").read_text() == "precious" for other in theirs)
+
+
+@pytest.mark.parametrize("theirs", ["notes.txt", "train/notes.txt", "validation"])
+def test_packed_images_with_other_files_among_them_are_not_replaced(tmp_path, theirs):
+    place = tmp_path / "packed"
+    pack(source(), place, **AS)
+    (place / theirs).write_text("precious")
+    with pytest.raises(DataError, match="holds something else than packed images"):
+        pack(source(identity="changed"), place, **AS)
+    assert (place / theirs).read_text() == "precious"
 
 
 def test_what_several_want_at_once_is_packed_once(tmp_path, monkeypatch):
@@ -223,6 +241,128 @@ def test_what_several_want_at_once_is_packed_once(tmp_path, monkeypatch):
         found = list(pool.map(lambda _: pack(source(), tmp_path / "packed", **AS), range(4)))
     assert len(calls) == 155
     assert len({packed.fingerprint for packed in found}) == 1
+
+
+SMALL_BLOCKS = {"_BLOCK_BYTES": 3 * 8 * 8 * 2, "_SAMPLED_BLOCKS": 3}  # 2 images, of 150
+
+
+def flip_a_bit(place, part, row):
+    file = place / part / "images.npy"
+    with file.open("r+b") as out:
+        out.seek(-(len(np.load(file)) - row) * 3 * 8 * 8, os.SEEK_END)
+        byte = out.read(1)
+        out.seek(-1, os.SEEK_CUR)
+        out.write(bytes([byte[0] ^ 1]))
+
+
+def test_every_block_has_a_digest_and_a_part_of_them_is_verified_on_opening(tmp_path, monkeypatch):
+    for name, value in SMALL_BLOCKS.items():
+        monkeypatch.setattr(packing, name, value)
+    place = tmp_path / "packed"
+    pack(source(149), place, **AS)
+    verify(open_packed(place))
+    for row in (0, 148):  # first and last blocks are verified always, others by chance
+        flip_a_bit(place, "train", row)
+        with pytest.raises(DataError, match=f"train images {row - row % 2} to .* differs"):
+            open_packed(place)
+        flip_a_bit(place, "train", row)
+    packed = open_packed(place)
+    for row in range(149):
+        flip_a_bit(place, "train", row)
+        with pytest.raises(DataError, match=f"train images {row - row % 2} to .* differs"):
+            verify(packed)
+        flip_a_bit(place, "train", row)
+    verify(packed)
+    flip_a_bit(place, "train", 70)
+    found = [refuses(open_packed, place) for _ in range(300)]
+    assert 0 < sum(found) < 300  # a third block is chosen anew at each opening
+
+
+def refuses(function, *given):
+    try:
+        function(*given)
+    except DataError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("lost", ["train/images.npy", "train/labels.npy", "test/images.npy"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_pages_that_a_power_cut_left_as_zeros_are_noticed_and_packed_again(
+    tmp_path, capsys, lost, whole
+):
+    place = tmp_path / "packed"
+    first = pack(source(), place, **AS)
+    file = place / lost
+    header = 128
+    file.write_bytes(file.read_bytes()[:header] + bytes(file.stat().st_size - header))
+    with pytest.raises(DataError, match=r"packed is damaged \(the digest of .* differs\)"):
+        open_packed(place)
+    assert pack(source(), place, **AS, whole=whole).fingerprint == first.fingerprint
+    assert "differs); packing again" in capsys.readouterr().err
+    verify(open_packed(place))
+
+
+def test_what_is_written_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(handle):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def renamed(old, new):
+        calls.append(f"-> {Path(new).name}")
+        return rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    pack(source(), tmp_path / "packed", **AS)
+    before, after = calls[: (at := calls.index("-> packed"))], calls[at + 1 :]
+    parts = ["images.npy", "labels.npy", "train", "images.npy", "labels.npy", "test"]
+    assert before[:7] == [*parts, "facts.json"]
+    assert before[7].startswith(".packed.building-")
+    assert after == [tmp_path.name]
+
+
+def test_images_of_equal_names_sizes_and_times_are_told_apart(tmp_path):
+    images = save(tmp_path / "images", *(f"{k:03}.bmp" for k in range(100)))
+    place = tmp_path / "packed"
+    first = pack(folder(path=images), place, **AS)
+    assert differing(folder(path=images), first) == []
+    replace_in_place(images, [37])  # one of 100, and not among those whose contents are sampled
+    packed = pack(folder(path=images), place, **AS)
+    assert differing(folder(path=images), packed) == ["037.bmp"]
+    assert pack(folder(path=images), place, **AS, again=True).fingerprint != first.fingerprint
+    replace_in_place(images, range(100))
+    assert pack(folder(path=images), place, **AS).fingerprint != packed.fingerprint
+
+
+def replace_in_place(images, numbers):
+    """Put other pixels of equal length into files, and set their times back."""
+    for number in numbers:
+        file = images / f"{number:03}.bmp"
+        facts = file.stat()
+        Image.fromarray(noise(1, seed=1000 + number)[0]).save(file)
+        assert file.stat().st_size == facts.st_size
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_a_class_without_a_readable_image_is_refused(tmp_path):
+    images = save(tmp_path / "images", "a/0.png", "b/0.png", "b/1.png")
+    for file in (images / "b").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="no image of the class 'b' can be used"):
+        pack(folder(path=images, on_broken="skip"), tmp_path / "packed", **AS)
+
+
+def test_what_is_left_out_is_said_once(tmp_path, capsys):
+    images = save(tmp_path / "images", "a/0.png", "a/._0.png", "@eaDir/0.png")
+    (images / "a" / "notes.txt").write_text("")
+    for _ in range(2):
+        pack(folder(path=images), tmp_path / "packed", **AS)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "packed: left out of the train images: 1 .txt, folder @eaDir"
 
 
 def damage_facts(place):

@@ -383,6 +383,16 @@ class TestFolder:
         save(tmp_path, "a/0.png")
         (tmp_path / "a/0.png").rename(os.fsdecode(bytes(tmp_path) + b"/a/\xe9.png"))
         assert len(examples(folder(path=tmp_path).parts["train"])) == 1
+        (tmp_path / "a" / "z.png").symlink_to(os.fsdecode(b"\xe9.png"))
+        (tmp_path / "a" / os.fsdecode(b"\xe8.png")).write_bytes(b"")
+        packed = pack(
+            folder(path=tmp_path, on_broken="skip"),
+            tmp_path.parent / f"{tmp_path.name}-packed",
+            image_size=8,
+            channels=3,
+        )
+        (skipped,) = packed.facts["parts"]["train"]["skipped"]
+        assert skipped["name"] == r"a/\xe8.png"
         (tmp_path / "a").rename(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
         with pytest.raises(DataError, match=r"caf\\xe9': the name of a class has to be UTF-8"):
             folder(path=tmp_path)

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from rediffuse import build, tables
 from rediffuse.config.schema import Data
 from rediffuse.data.packing import Packed
-from rediffuse.data.sources import AnySource
+from rediffuse.data.sources import AnySource, shown
 from rediffuse.data.sources.folder import Files
 from rediffuse.errors import DataError
 from rediffuse.evaluation.duplicates import QUALITY, SHIFT, Found, Group, find, rounds
@@ -110,7 +110,7 @@ def _names(source: AnySource, packed: Packed, part: str) -> list[str]:
     if not isinstance(examples, Files):
         return [f"{part}/{row}" for row in range(facts["images"])]
     skipped = {broken["name"] for broken in facts["skipped"]}
-    return [name for name, _ in examples.names if name not in skipped]
+    return [text for name, _ in examples.names if (text := shown(name)) not in skipped]
 
 
 def _picture(pixels: np.ndarray, groups: Sequence[Group]) -> UInt8[np.ndarray, "h w c"]:

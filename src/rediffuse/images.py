@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from rediffuse import build, drift
 from rediffuse.config.schema import Data
 from rediffuse.data.packing import Packed, Part, pack
+from rediffuse.data.sources import AnySource
 from rediffuse.data.splits import split
 from rediffuse.errors import RunError
 from rediffuse.runs import Run
@@ -45,14 +46,18 @@ class Images:
         }
 
 
-def of_run(run: Run, data: Data, trusted: Sequence[str] | None = None) -> Images:
+def of_run(
+    run: Run, data: Data, trusted: Sequence[str] | None = None, *, whole: bool = False
+) -> Images:
     """The images that a run was trained on, packed or found packed beside it.
+
+    All that was packed is verified with `whole`, else some of it.
 
     Raises:
         RunError: if they are others now.
         DataError: if they are missing, broken, or too few.
     """
-    images = prepare(data, run.directory.parent, trusted)
+    images = prepare(data, run.directory.parent, trusted, whole=whole)
     known, found = drift.began(run).get("data"), images.facts()
     if known != found:
         before = known if isinstance(known, dict) else {}
@@ -64,16 +69,18 @@ def of_run(run: Run, data: Data, trusted: Sequence[str] | None = None) -> Images
     return images
 
 
-def prepare(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Images:
+def prepare(
+    data: Data, root: Path, trusted: Sequence[str] | None = None, *, whole: bool = False
+) -> Images:
     """Pack the images, or find them packed, and split off what is held out.
 
     A source's own validation part is held out; without one, a keyed fraction of the training part
-    is.
+    is. All that was packed is verified with `whole`, else some of it.
 
     Raises:
         DataError: if the images are missing, broken, or too few.
     """
-    packed = pack_as(data, root, trusted)
+    packed = pack_as(data, root, trusted, whole=whole)
     train = packed.part("train")
     if own := packed.parts.get("validation"):
         rows, (_, held_out) = np.arange(len(train.images)), split(len(own.images), 1.0)
@@ -86,14 +93,33 @@ def prepare(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Ima
 
 
 def pack_as(
-    data: Data, root: Path, trusted: Sequence[str] | None = None, out: Path | None = None
+    data: Data,
+    root: Path,
+    trusted: Sequence[str] | None = None,
+    out: Path | None = None,
+    *,
+    whole: bool = False,
+    again: bool = False,
 ) -> Packed:
-    """Pack a source as the configuration says, below `root` in a folder named after how."""
-    source = build.bind("data", data.source, "data", trusted)()
+    """Pack a source as the configuration says, below `root` in a folder named after how.
+
+    With `whole` all that was packed before is verified, with `again` it is packed anew.
+    """
+    source = source_of(data, trusted)
     settings = data.model_dump(include={"image_size", "channels", "fit"})
     key = json.dumps({**data.source.model_dump(mode="json"), **settings}, sort_keys=True)
     folder = out or root / "packed" / f"{data.name.rpartition('.')[2]}-{_short_digest(key)}"
-    return pack(source, folder, **settings)
+    return pack(source, folder, **settings, whole=whole, again=again)
+
+
+def source_of(data: Data, trusted: Sequence[str] | None = None) -> AnySource:
+    """The images that a configuration names, listed and not yet decoded.
+
+    Raises:
+        DataError: if they are missing, or not what the source reads.
+    """
+    source: AnySource = build.bind("data", data.source, "data", trusted)()
+    return source
 
 
 def describe(packed: Packed) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def trained(
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
-    images = prepare(config.data, home)
+    images = prepare(config.data, home, whole=True)
     config = settled(config, images, devices)
     check_rate(config, 0, planned_images(config, images.per_epoch), _warn(devices))
     state, recipe = fresh(config, images, devices)
@@ -113,7 +113,7 @@ def resume(
     check(config, trusted)
     devices = choose(config.device)
     set_up(config, devices)
-    images = of_run(run, config.data, trusted)
+    images = of_run(run, config.data, trusted, whole=True)
     config = with_horizon(config, images.per_epoch, trusted, before=old)
     config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)

@@ -4,7 +4,6 @@
 holds the exact loss and digests of weights, average and moments after some step.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +11,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from rediffuse import drift, runs
 from rediffuse.config.compose import checked, dump_yaml, leaves
 from rediffuse.config.schema import Config
-from rediffuse.data.packing import Packed
 from rediffuse.drift import Drift
 from rediffuse.errors import RunError
 from rediffuse.images import Images, prepare
@@ -126,7 +123,7 @@ def reproduce(
     check(config, trusted)
     devices = choose(config.device)
     set_up(config, devices)
-    images = prepare(config.data, run.directory.parent, trusted)
+    images = prepare(config.data, run.directory.parent, trusted, whole=True)
     state, recipe = fresh(config, images, devices, trusted)
     now = surroundings(images, devices)
     differing = differences(
@@ -134,10 +131,6 @@ def reproduce(
         {**now, "began": _plain(beginning(config, recipe))},
         own_parts=bool(trusted),
     )
-    differing += [
-        f"data.{part}: its packed pixels are not those of the fingerprint"
-        for part in damaged(images.packed)
-    ]
     told = (lambda line: None) if as_json else say
     told(f"run     {run.id}, {len(rows)} digests up to {rows[-1]['images']:,} images")
     for line in differing:
@@ -214,24 +207,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], own_parts: bool
         for key in dict.fromkeys((*known, *found))
         if (key.startswith(others) or drift.decides(key)) and known.get(key) != found.get(key)
     ]
-
-
-def damaged(packed: Packed) -> list[str]:
-    """The parts whose pixels or labels are not those that were packed."""
-    return [
-        name
-        for name, part in packed.parts.items()
-        if packed.facts["parts"][name]["sha256"]
-        != _sha256(part.images, np.load(packed.folder / name / "labels.npy", allow_pickle=False))
-    ]
-
-
-def _sha256(images: np.ndarray, labels: np.ndarray) -> str:
-    found = hashlib.sha256(repr(images.shape[1:]).encode())
-    for start in range(0, len(images), 1024):
-        found.update(np.ascontiguousarray(images[start : start + 1024]).data)
-    found.update(labels.astype("<i8").tobytes())
-    return found.hexdigest()
 
 
 def _gone_on(

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from rediffuse.errors import DataError
+from rediffuse.reading import open_regular
 
 
 class Example(NamedTuple):
@@ -113,6 +113,11 @@ class ArrayExamples:
         )
 
 
+def shown(name: str) -> str:
+    """A name of a file as text; bytes that are not UTF-8 become escapes as `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def counted(left_out: Mapping[str, int], most: int = 8) -> str:
     """What was left out, in words: `12 .txt, 2 hidden, folder @eaDir`; the most frequent first."""
     words = [
@@ -152,16 +157,13 @@ def _sampled_content(path: str | os.PathLike[str]) -> bytes:
     """A digest of a small file, or of pieces from all over a large one; empty if it is none."""
     digest = hashlib.sha256()
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
-            facts = os.fstat(stream.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                return b""
-            most = max(0, facts.st_size - _PIECE_BYTES)
+        with open_regular(os.fspath(path), links=True) as stream:
+            most = max(0, os.fstat(stream.fileno()).st_size - _PIECE_BYTES)
             for start in sorted(
                 {most * k // (_SAMPLED_PIECES - 1) for k in range(_SAMPLED_PIECES)}
             ):
                 stream.seek(start)
                 digest.update(stream.read(_PIECE_BYTES))
-    except OSError:  # it is named when it is decoded
+    except (OSError, ValueError):  # it is named when it is decoded
         return b""
     return digest.digest()
