@@ -196,6 +196,8 @@ def common(model: Model, how: Sampling, job: Job, options: Options) -> dict[str,
         "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
         "edit": _edit(options),
         "device": str(model.device),
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+        "precision": str(model.precision).removeprefix("torch."),
         "compiled": model.compiled,
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }

@@ -19,8 +19,8 @@ from rediffuse.training import checkpoint, committed
 from rediffuse.training.compiling import compile_network, try_compiler
 from rediffuse.training.devices import (
     PRECISIONS,
-    bfloat16_pays,
     choose,
+    has_bfloat16_units,
     keep_freed_memory,
     set_determinism,
 )
@@ -120,10 +120,10 @@ _WEIGHTS = ("average", "raw")
 
 
 def _precision(config: Config, device: torch.device) -> torch.dtype:
-    """The run's own, but for bfloat16 on a CPU that has no units for it."""
+    """The run's own, but float32 for bfloat16 on a CPU without units for it, whatever the clock."""
     precision = PRECISIONS[config.training.precision]
-    if precision is torch.bfloat16 and device.type == "cpu" and not bfloat16_pays(device):
-        tell("this processor is slow in bfloat16: computing in float32", sys.stderr)
+    if precision is torch.bfloat16 and device.type == "cpu" and not has_bfloat16_units():
+        tell("this processor has no units for bfloat16: computing in float32", sys.stderr)
         return torch.float32
     return precision
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -215,6 +216,23 @@ def bfloat16_pays(device: torch.device) -> bool:
         return False
     seconds = {dtype: _seconds_to_convolve(dtype) for dtype in (torch.bfloat16, torch.float32)}
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU has units for bfloat16 (AVX-512 BF16, AMX, ARM's BF16), as Linux lists them.
+
+    It is a fact of the processor: unlike `bfloat16_pays` it is the same at every call.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = (line.partition(":")[2].split() for line in lines if line.startswith(_FLAGS))
+    return not _BFLOAT16_FLAGS.isdisjoint(next(flags, ()))
+
+
+_FLAGS = ("flags", "Features")  # as x86 and ARM call them
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @torch.inference_mode()
