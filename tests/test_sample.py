@@ -1,22 +1,26 @@
 """Sampling needs the id and nothing else; image j is image j."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import TINY, rediffuse, run_id
+from cli import TINY, content, rediffuse, run_id
 from PIL import Image
 
-from rediffuse import drawing, gallery, runs
+from rediffuse import drawing, gallery, outputs, runs
 from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
 from rediffuse.errors import CheckpointError, ConfigError, DataError, RunError
 from rediffuse.gallery import Options, image_numbers, wanted
 from rediffuse.models import load
 from rediffuse.networks.replay import Replay
-from rediffuse.pictures import columns_for, grid
+from rediffuse.pictures import columns_for, grid, save_png
 from rediffuse.training import memory
 
 
@@ -75,6 +79,109 @@ def test_the_same_job_goes_into_its_folder_again_also_where_a_number_is_infinite
         options = Options(trained[0], count=2, solver="heun", steps=2, output_dir=tmp_path / "out")
         assert gallery.sample(trained[1], options) == 0
     json.loads((tmp_path / "out" / "manifest.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_killed_job_goes_on_and_draws_what_is_missing(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    of_a_job = {"count": 24, "steps": 2, "class_name": "3"}
+    gallery.sample(trained[1], Options(trained[0], output_dir=whole, **of_a_job))
+    with monkeypatch.context() as patched:
+        patched.setattr(gallery, "save_png", dying_after(20))
+        with pytest.raises(KeyboardInterrupt):
+            gallery.sample(trained[1], Options(trained[0], output_dir=cut, **of_a_job))
+    (cut / f".000021.png.{'0' * 32}").write_bytes(b"torn")
+    assert not (cut / "manifest.json").exists()
+    before = {file.name: file.stat().st_mtime_ns for file in cut.glob("0*.png")}
+    assert len(before) == 20
+    gallery.sample(trained[1], Options(trained[0], output_dir=cut, **of_a_job))
+    assert content(cut) == content(whole)
+    assert not list(cut.glob(".0*")) + list(cut.glob(".job*"))
+    assert all((cut / name).stat().st_mtime_ns == at for name, at in before.items())
+
+
+def dying_after(count: int) -> Callable[..., Path]:
+    """`save_png` for so many files."""
+    files: list[Path] = []
+
+    def save(pixels: np.ndarray, file: Path, *facts: object) -> Path:
+        if len(files) == count:
+            raise KeyboardInterrupt
+        files.append(save_png(pixels, file, *facts))
+        return file
+
+    return save
+
+
+def test_another_job_never_writes_into_a_folder_not_even_of_a_killed_one(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(gallery, "save_png", dying_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            gallery.sample(trained[1], Options(trained[0], count=2, steps=2, output_dir=out))
+    before = content(out)
+    with pytest.raises(ConfigError, match="holds the images of another job"):
+        gallery.sample(trained[1], Options(trained[0], count=2, steps=3, output_dir=out))
+    assert content(out) == before
+
+
+def test_two_jobs_never_write_into_a_folder_at_once(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "_LOCK_S", 0.0)
+    out = tmp_path / "out"
+    script = "import sys; from filelock import FileLock; l = FileLock(sys.argv[1]); l.acquire(); "
+    script += "print('held', flush=True); sys.stdin.read()"
+    out.mkdir()
+    words = [sys.executable, "-c", script, str(out / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="in use by another process"):
+            gallery.sample(trained[1], Options(trained[0], count=1, steps=1, output_dir=out))
+        other.communicate()
+    assert gallery.sample(trained[1], Options(trained[0], count=1, steps=1, output_dir=out)) == 0
+
+
+@pytest.mark.parametrize("name", ["000000.png", "grid.png", "notes.txt"])
+def test_files_that_are_no_jobs_are_never_overwritten(
+    trained: tuple[Path, str], tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "pictures"
+    out.mkdir()
+    Image.new("L", (8, 8)).save(out / name, "PNG")
+    before = content(out)
+    with pytest.raises(ConfigError, match="is not empty"):
+        gallery.sample(trained[1], Options(trained[0], count=1, steps=1, output_dir=out))
+    assert content(out) == before
+
+
+def test_an_image_that_was_edited_since_is_never_overwritten(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    options = Options(trained[0], count=2, steps=1, output_dir=tmp_path / "out")
+    gallery.sample(trained[1], options)
+    edited = tmp_path / "out" / "000001.png"
+    Image.new("L", (8, 8), 200).save(edited)
+    before = edited.read_bytes()
+    with pytest.raises(ConfigError, match=r"000001\.png is there and was not written"):
+        gallery.sample(trained[1], options)
+    assert edited.read_bytes() == before
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_png(np.zeros((8, 8, 1), np.uint8), tmp_path / "picture.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

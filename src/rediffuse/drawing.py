@@ -337,7 +337,7 @@ def _denoise(model: Model, how: Sampling, job: Job) -> Denoise:
     if size is None or len(job.images) == size:
         return _thresholded(model, how, job)
     parts = [
-        _thresholded(model, how, _picked(job, range(start, start + size)))
+        _thresholded(model, how, picked(job, range(start, start + size)))
         for start in range(0, len(job.images), size)
     ]
 
@@ -423,7 +423,7 @@ def _batches(model: Model, job: Job) -> Iterator[Job]:
     else:
         assert size
         parts = (range(k, k + size) for k in range(0, len(job.images), size))
-    return (_picked(job, part[: len(job.images) - part.start]) for part in parts)
+    return (picked(job, part[: len(job.images) - part.start]) for part in parts)
 
 
 def _of_different_places(images: Sequence[int], size: int) -> Iterator[range]:
@@ -434,7 +434,8 @@ def _of_different_places(images: Sequence[int], size: int) -> Iterator[range]:
             yield range(start, k)
             start, taken = k, set()
         taken.add(image % size)
-    yield range(start, len(images))
+    if taken:
+        yield range(start, len(images))
 
 
 def _filled(job: Job, fixed_rows: int | None, multiple_of: int) -> tuple[Job, list[int]]:
@@ -442,7 +443,7 @@ def _filled(job: Job, fixed_rows: int | None, multiple_of: int) -> tuple[Job, li
     count = len(job.images)
     if fixed_rows is None:  # 8 are also several times faster than 7
         more = [count - 1] * (-count % multiple_of)
-        return _picked(job, [*range(count), *more]), [*range(count)]
+        return picked(job, [*range(count), *more]), [*range(count)]
     order: list[int] = []
     rows = []
     for part in _of_different_places(job.images, fixed_rows):
@@ -452,10 +453,10 @@ def _filled(job: Job, fixed_rows: int | None, multiple_of: int) -> tuple[Job, li
             batch[place] = k
             rows.append(len(order) + place)
         order += batch
-    return _picked(job, order), rows
+    return picked(job, order), rows
 
 
-def _picked(job: Job, order: Sequence[int]) -> Job:
+def picked(job: Job, order: Sequence[int]) -> Job:
     """Some images of a job, each with its class."""
     classes = None if job.classes is None else tuple(job.classes[k] for k in order)
     return replace(job, images=tuple(job.images[k] for k in order), classes=classes)

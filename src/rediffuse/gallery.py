@@ -3,9 +3,9 @@
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rediffuse import outputs
 from rediffuse.config.compose import part_from_file, typed_values
 from rediffuse.config.schema import Data, Part, Sampling
 from rediffuse.data.ahead import ahead
@@ -31,6 +32,7 @@ from rediffuse.drawing import (
     classes_of_given,
     draw,
     painted,
+    picked,
     rebuilt,
     share,
     states,
@@ -42,7 +44,6 @@ from rediffuse.legality import check_sampling
 from rediffuse.models import Model, find, load
 from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
 from rediffuse.progress import Progress
-from rediffuse.reading import read_object
 from rediffuse.runs import Run
 from rediffuse.training.devices import Devices, choose
 from rediffuse.words import say
@@ -100,40 +101,31 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     folder = options.output_dir or run.samples / name
     shared = common(model, how, job, options)
     each = {j: class_of(model, job, k) for k, j in enumerate(job.images)}
-    files = [{"image": j, "file": f"{j:06d}.png", "class": each[j]} for j in job.images]
+    files = [{"image": j, "file": _file_of(j), "class": each[j]} for j in job.images]
     facts = {**shared, "images": files}
-    devices.on_main(lambda: _open_folder(folder, facts))
-    drawn: list[Pixels] = []
-    mine = share(job, devices.rank, devices.ranks)
-
-    def write(batch: tuple[tuple[int, ...], Pixels]) -> Pixels:
-        numbers, pixels = batch
-        for j, image in zip(numbers, pixels, strict=True):
-            told = of_image(shared, j, each[j])
-            save_png(image.transpose(1, 2, 0), folder / f"{j:06d}.png", told)
-        return pixels
-
-    # One batch is written while the next one is drawn.
-    with Progress(len(mine.images)) as bar, ThreadPoolExecutor(1, "writing") as pool:
-        drawn += ahead(pool, write, draw(model, how, mine, bar.move), 1)
-    pixels = np.concatenate([some for theirs in devices.everyones(drawn) for some in theirs])
-    if not devices.is_main:
-        return 0
-    by_class = model.class_names if job.way is None and options.class_name is None else ()
-    picture = save_png(grid(pixels, columns_for(len(pixels), by_class)), folder / "grid.png")
-    if options.reconstruct:
-        assert options.inputs
-        inputs = _inputs(model.config.data, options.inputs)
-        given = to_uint8(inputs[torch.tensor(job.images) % len(inputs)], *_levels(model))
-        facts["psnr_db"] = psnr(given.numpy(), pixels)
-    _save_manifest(folder, facts)
-    if options.film:
-        few = replace(job, images=job.images[:16], classes=job.classes and job.classes[:16])
-        steps = states(uncompiled(model), how, few)
-        frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in steps)
-        save_film(map(grid, frames), folder / "film.gif")
+    names = [*(str(one["file"]) for one in files), "grid.png", *["film.gif"] * options.film]
+    of_a_job = {name: facts[name] for name in _OF_A_JOB}
+    with ExitStack() as held:
+        devices.on_main(lambda: held.enter_context(outputs.folder_of(of_a_job, folder, names)))
+        facts_of = [of_image(shared, j, each[j]) for j in job.images]
+        pixels, before = _drawn(model, how, job, folder, facts_of, devices)
+        if not devices.is_main:
+            return 0
+        by_class = model.class_names if job.way is None and options.class_name is None else ()
+        columns = columns_for(len(pixels), by_class)
+        picture = save_png(grid(pixels, columns), folder / "grid.png", shared)
+        if options.film:
+            few = replace(job, images=job.images[:16], classes=job.classes and job.classes[:16])
+            steps = states(uncompiled(model), how, few)
+            frames = (to_uint8(x, *_levels(model)).cpu().numpy() for x in steps)
+            save_film(map(grid, frames), folder / "film.gif")
+        if options.reconstruct:
+            facts["psnr_db"] = _psnr_of_inputs(model, job, options, pixels)
+        outputs.finish(folder, facts)
     weights, step = model.origin["weights"], model.origin["checkpoint"]
     say(f"{len(pixels)} images from {weights} weights at {step}")
+    if before:
+        say(f"  {before} of them were there already, drawn by the same job")
     if _nobody_knows_the_class(model, job):
         say("  class none, as nobody knows that of a given image; --class names one")
     say(f"  in    {folder}")
@@ -141,6 +133,62 @@ def _sample(run: Run, options: Options, devices: Devices) -> int:
     if options.reconstruct:
         say(f"  PSNR  {min(facts['psnr_db']):.1f} dB at worst")
     return 0
+
+
+def _drawn(
+    model: Model,
+    how: Sampling,
+    job: Job,
+    folder: Path,
+    facts_of: Sequence[Mapping[str, Any]],
+    devices: Devices,
+) -> tuple[Pixels, int]:
+    """All images of a job, and how many of them were in its folder; the others are drawn into it.
+
+    Every process gets all of them.
+    """
+    files, size = [folder / _file_of(j) for j in job.images], model.config.data.image_size
+    there = devices.on_main(lambda: _there(files, facts_of, size))
+    missing = [k for k in range(len(job.images)) if k not in there]
+    mine = share(picked(job, missing), devices.rank, devices.ranks)
+    known = dict(zip(job.images, facts_of, strict=True))
+
+    def write(batch: tuple[tuple[int, ...], Pixels]) -> Pixels:
+        numbers, pixels = batch
+        for j, image in zip(numbers, pixels, strict=True):
+            save_png(image.transpose(1, 2, 0), folder / _file_of(j), known[j])
+        return pixels
+
+    # One batch is written while the next one is drawn.
+    with Progress(len(mine.images)) as bar, ThreadPoolExecutor(1, "writing") as pool:
+        drawn = list(ahead(pool, write, draw(model, how, mine, bar.move), 1))
+    fresh = (image for theirs in devices.everyones(drawn) for some in theirs for image in some)
+    images = [there[k] if k in there else next(fresh) for k in range(len(job.images))]
+    return np.stack(images), len(there)
+
+
+def _there(
+    files: Sequence[Path], facts_of: Sequence[Mapping[str, Any]], size: int
+) -> dict[int, np.ndarray]:
+    """Which of a job's images its folder has, by their place in the job."""
+    there = {}
+    for k, (file, facts) in enumerate(zip(files, facts_of, strict=True)):
+        if (pixels := outputs.pixels_in(file, facts, size)) is not None:
+            there[k] = pixels.transpose(2, 0, 1)
+        else:
+            outputs.check_replaceable(file)
+    return there
+
+
+def _file_of(image: int) -> str:
+    return f"{image:06d}.png"
+
+
+def _psnr_of_inputs(model: Model, job: Job, options: Options, pixels: Pixels) -> list[float]:
+    assert options.inputs
+    inputs = _inputs(model.config.data, options.inputs)
+    given = to_uint8(inputs[torch.tensor(job.images) % len(inputs)], *_levels(model))
+    return psnr(given.numpy(), pixels)
 
 
 def opened(run: Run, options: Options) -> Model:
@@ -491,33 +539,4 @@ def class_of(model: Model, job: Job, k: int) -> str | None:
     return model.class_names[job.classes[k]]
 
 
-def _open_folder(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Make the folder of a job, or find that of the same job: images of two never lie together."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = read_object(folder / _MANIFEST, _MANIFEST_BYTES)
-    except FileNotFoundError as missing:
-        if folder.is_dir():
-            return
-        raise ConfigError(f"{folder}: images cannot be written here ({missing.strerror})") from None
-    except OSError as refused:
-        why = refused.strerror
-        raise ConfigError(f"{folder}: images cannot be written here ({why})") from None
-    except ValueError:
-        there = {}
-    told = json.loads(json.dumps(facts))
-    if any(there.get(name) != told[name] for name in _OF_A_JOB):
-        raise ConfigError(
-            f"{folder} holds the images of another job; name another --output-dir, or empty it"
-        )
-
-
-_MANIFEST, _MANIFEST_BYTES = "manifest.json", 2_000_000_000
 _OF_A_JOB = ("run", "checkpoint", "weights", "seed", "images", "sampling", "edit")
-
-
-def _save_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what was done beside what came of it."""
-    building = folder / f".manifest.{os.getpid()}"
-    building.write_text(json.dumps(facts, indent=1))
-    building.replace(folder / _MANIFEST)

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from rediffuse.tracking.jsonl import write_atomically
+
+MARK = "rediffuse"
+"""The text of a PNG, and the comment of a GIF, by which a file of ours is known."""
 
 Pixels = UInt8[np.ndarray, "count channels height width"]
 
@@ -55,16 +59,16 @@ def save_png(
 ) -> Path:
     """Write a PNG, complete or not at all; `facts` go into it as JSON, as the text `rediffuse`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    building.write_bytes(png(pixels, facts))
-    building.replace(file)
+    write_atomically(file, png(pixels, facts), sync=False)
     return file
 
 
 def save_film(frames: Iterable[UInt8[np.ndarray, "h w c"]], file: Path) -> Path:
-    """Write frames as a GIF that repeats for ever, 80 ms each."""
+    """Write frames as a GIF that repeats for ever, 80 ms each; complete or not at all."""
     first, *rest = map(_image, frames)
-    first.save(file, save_all=True, append_images=rest, duration=80, loop=0)
+    written = io.BytesIO()
+    first.save(written, "GIF", save_all=True, append_images=rest, duration=80, loop=0, comment=MARK)
+    write_atomically(file, written.getvalue(), sync=False)
     return file
 
 
@@ -86,7 +90,7 @@ def png(pixels: UInt8[np.ndarray, "h w c"], facts: Mapping[str, Any] | None = No
     """The bytes of a PNG, as `save_png` writes it."""
     written, text = io.BytesIO(), PngInfo()
     if facts:
-        text.add_text("rediffuse", json.dumps(facts))
+        text.add_text(MARK, json.dumps(facts))
     _image(pixels).save(written, "PNG", pnginfo=text)
     return written.getvalue()
 

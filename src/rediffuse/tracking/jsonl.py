@@ -137,14 +137,18 @@ def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int
         raise RunError(f"{path} cannot be read: {why(broken)}; restore it") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by another of the same name, so that a reader sees either and never a part."""
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replace a file by another of the same name, so that a reader sees either and never a part.
+
+    Without `sync`, a power cut may leave it empty; a kill never does.
+    """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # mkstemp would not respect the umask
     try:
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
