@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ from rediffuse.tracking.feeder import CLOSE_S
 from rediffuse.tracking.journal import REPLAY_S, Journal, replay
 from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
 from rediffuse.tracking.resources import Resources, Waiting
-from rediffuse.tracking.tracker import Tracker
+from rediffuse.tracking.tracker import Tracker, in_one_line
 from rediffuse.training import checkpoint, committed, hooks
 from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
 from rediffuse.words import tell
+
+Value = TypeVar("Value")
 
 Look = Callable[[int, Mapping[str, float]], object]
 """Is told the images seen, and the metrics that are recorded then."""
@@ -71,6 +73,7 @@ class Session:
         self._spikes, self._begun = 0.0, False
         self._validation = self._held_out()
         self._drawn_at: int | None = None
+        self._tried_at: int | None = None
         self._skipped = hooks.NonFinite(self._fault, config.training.non_finite_limit)
         self._proxy = Proxy(run.directory.parent, images, self._say)
 
@@ -122,13 +125,14 @@ class Session:
             when(epoch, hook=hooks.log_epoch(self._record, epoch)),
         ]
         if self._validation:
-            check = hooks.validate(self.recipe, self._validation, self._record)
+            attempt = partial(self._attempt, "validation loss")
+            check = hooks.validate(self.recipe, self._validation, self._record, attempt)
             looking.append(when(training.validate_every_images or now_and_then, hook=check))
         if self._main:
             saves = training.checkpoint_every_images or now_and_then
             looking.append(hooks.first_step(self._say))
             if self.config.profile:
-                looking.append(hooks.Profile(self.run.logs, self._say))
+                looking.append(self._attempted("profile", hooks.Profile(self.run.logs, self._say)))
             looking.append(when(often, hook=hooks.spikes(self._say, self._spikes)))
             looking.append(hooks.digest(self._digest, size, saves, self.planned))
             if training.proxy_every_images:
@@ -193,19 +197,23 @@ class Session:
             Stop: if training shall end meanwhile. There is no picture then, nor a Stop where other
                 ranks wait in the next step.
         """
-        if not self._main or self._drawn_at == state.images_seen:
+        if not self._main or self._tried_at == state.images_seen:
             return
+        self._tried_at = state.images_seen
+        try:
+            self._attempt("preview", lambda: self._draw(state), state.images_seen)
+        except Stop:
+            if self.recipe.devices.ranks == 1:
+                raise
+            # The other ranks are in the next step by now, and this one joins them there.
+
+    def _draw(self, state: TrainState) -> None:
         count, names = self.config.training.preview_count, self.images.class_names
         numbers = tuple(range(count))
         model = self._model(state)
         job = drawing.Job(numbers, drawing.classes_for(numbers, names), batch_size=count)
         drawn = drawing.draw(model, self.config.sampling, job, lambda _: self._go_on())
-        try:
-            pixels = np.concatenate([some for _, some in drawn])
-        except Stop:
-            if self.recipe.devices.ranks == 1:
-                raise
-            return  # the others are in the next step by now
+        pixels = np.concatenate([some for _, some in drawn])
         picture = grid(pixels, columns_for(count, names))
         self.picture = self._journal.images("preview", picture, state.images_seen)
         self._drawn_at = state.images_seen
@@ -227,9 +235,42 @@ class Session:
     def proxy(self, state: TrainState) -> None:
         """Record how far a few images of the averaged weights are from real ones, cheaply."""
         training = self.config.training
-        found = self._proxy(self._model(state), training.proxy_images, training.proxy_steps)
+
+        def measured() -> dict[str, float]:
+            found = self._proxy(self._model(state), training.proxy_images, training.proxy_steps)
+            if not all(map(math.isfinite, found.values())):
+                raise ArithmeticError("the distance is not finite")
+            return found
+
+        found = self._attempt("proxy", measured, state.images_seen)
+        if found is None:  # no checkpoint is the best by a distance of long ago
+            state.metrics = {
+                name: value for name, value in state.metrics.items() if name[:6] != "proxy/"
+            }
+            return
         state.metrics |= found
         self._record(found, state.images_seen)
+
+    def _attempt(self, what: str, act: Callable[[], Value], images_seen: int) -> Value | None:
+        """Do what only observes training; say what went wrong with it, and go on.
+
+        Raises:
+            Stop: if `act` does.
+        """
+        try:
+            return act()
+        except Stop:
+            raise
+        except Exception as failed:
+            if self._main:
+                self._say(f"no {what} after {images_seen:,} images: {_why(failed)}")
+            return None
+
+    def _attempted(self, what: str, hook: Hook) -> Hook:
+        """A hook that only observes training, and may fail."""
+        return lambda state, metrics: self._attempt(
+            what, lambda: hook(state, metrics), state.images_seen
+        )
 
     def _model(self, state: TrainState) -> Model:
         """What samples come from, as it is now."""
@@ -315,11 +356,21 @@ class Session:
         if not self._main:
             return
         self._journal.metrics(values, images_seen)
-        self._look(images_seen, values)
+        self._tell_look(images_seen, values)
         shown = {name.replace("validation/loss", "held out"): values[name] for name in values}
         self._console.move(
             images_seen, {name: shown[name] for name in ("loss", "held out") if name in shown}
         )
+
+    def _tell_look(self, images_seen: int, values: Mapping[str, float]) -> None:
+        """Call the caller's `look`, and never again once it has raised."""
+        try:
+            self._look(images_seen, values)
+        except Stop:
+            raise
+        except Exception as failed:
+            self._look = unseen
+            self._say(f"look failed after {images_seen:,} images: {_why(failed)}; not called again")
 
     def _fault(self, values: dict[str, Any], images_seen: int) -> None:
         """Write down a step that was skipped, with the rows of the packed images that it saw."""
@@ -354,6 +405,12 @@ class Session:
             if "epoch/loss" in row and math.isfinite(row.get("epoch", math.nan))
         ]
         write_atomically(self.run.epochs, json.dumps(epochs, indent=1).encode())
+
+
+def _why(failed: Exception) -> str:
+    """What went wrong, in one line."""
+    told = in_one_line(failed)
+    return told if isinstance(failed, RediffuseError) else f"{type(failed).__name__}: {told}"
 
 
 def trackers_of(config: Config, run: Run, parent: str | None) -> list[Tracker]:

@@ -61,17 +61,34 @@ def log_epoch(record: Record, images_per_epoch: int) -> Hook:
     return write
 
 
-def validate(recipe: Recipe, batches: Sequence[Batch], record: Record) -> Hook:
-    """Record the loss on held-out images at fixed times and noise, and remember the best."""
+Measure = Callable[[], float]
 
-    def measure(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        loss = state.metrics["validation/loss"] = validation_loss(recipe, state, batches)
+
+def validate(
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    record: Record,
+    attempt: Callable[[Measure, int], float | None] = lambda measure, images_seen: measure(),
+) -> Hook:
+    """Record the loss on held-out images at fixed times and noise, and remember the best.
+
+    `attempt` measures, and gives None for what cannot be measured: then nothing is recorded. What
+    the first rank measures counts for all, so that all of them stop early or none.
+    """
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        mine = attempt(lambda: validation_loss(recipe, state, batches), state.images_seen)
+        loss = recipe.devices.everyones(mine)[0]
+        if loss is None:  # no checkpoint is the best by a loss of long ago
+            state.metrics.pop("validation/loss", None)
+            return
+        state.metrics["validation/loss"] = loss
         state.checks_since_best += 1
         if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.checks_since_best = loss, 0
         record({"validation/loss": loss}, state.images_seen)
 
-    return measure
+    return look
 
 
 @torch.no_grad()
