@@ -1,6 +1,8 @@
 """Every YAML is found by itself, builds, and holds what its axis promises."""
 
+import inspect
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from rediffuse import build
 from rediffuse.config.compose import checked, compose, dump_yaml, read_yaml
 from rediffuse.config.schema import Part
 from rediffuse.legality import check
+from rediffuse.ranges import Range
 
 CONFIGS = Path(build.__file__).parent / "configs"
 AXES = {axis for axis in build.AXES if (CONFIGS / axis).is_dir()}
@@ -68,6 +71,29 @@ def test_every_part_of_an_axis_has_a_file(axis: str) -> None:
         return str(tree.get(axis, tree)["name"])
 
     assert {name(f) for f in (CONFIGS / axis).glob("*.yaml")} >= set(build.names(axis))
+
+
+def without_range(annotation: Any) -> bool:
+    """Whether an annotation lets any number through."""
+    if annotation in (int, float):
+        return True
+    if get_origin(annotation) is Annotated:
+        kind, *facts = get_args(annotation)
+        limits = any(isinstance(fact, Range) or hasattr(fact, "metadata") for fact in facts)
+        return without_range(kind) and not limits
+    return any(map(without_range, get_args(annotation)))
+
+
+@pytest.mark.parametrize("axis", build.AXES)
+def test_every_number_of_every_part_has_a_range(axis: str) -> None:
+    given = build.AXES[axis].given + build.AXES[axis].offered
+    own = {
+        f"{name}.{key}": argument.annotation
+        for name in build.names(axis)
+        for key, argument in inspect.signature(build.find(axis, name, axis)).parameters.items()
+        if argument.kind is argument.KEYWORD_ONLY and key not in given
+    }
+    assert [name for name, annotation in own.items() if without_range(annotation)] == []
 
 
 def test_a_users_own_configs_folder_shadows_ours(

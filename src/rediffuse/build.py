@@ -9,12 +9,13 @@ chooses among our parts and is never code.
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -294,9 +295,22 @@ def _typed(annotation: Any, value: Any, key: str) -> Any:
     except ValidationError as refused:
         why = refused.errors()[0]["msg"].replace("Input should be", "expected")
         raise ConfigError(f"{key}: {why}, not {value!r}") from None
-    for numbers in (fact for fact in get_args(annotation)[1:] if isinstance(fact, Range)):
-        if value not in numbers:
-            raise ConfigError(f"{key}: expected {numbers}, not {value!r}")
+    for numbers, number in _ranged(annotation, value):
+        if number not in numbers:
+            raise ConfigError(f"{key}: expected {numbers}, not {number!r}")
     if any(number != number for number in (value if isinstance(value, tuple) else (value,))):
         raise ConfigError(f"{key}: expected a number, not {value!r}")
     return found
+
+
+def _ranged(annotation: Any, value: Any) -> Iterator[tuple[Range, Any]]:
+    """Every number of a value that was checked against its annotation, with each of its ranges."""
+    if value is None:
+        return
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        yield from ((fact, value) for fact in inner[1:] if isinstance(fact, Range))
+        yield from _ranged(inner[0], value)
+        return
+    for part, each in itertools.product(inner, value if isinstance(value, tuple) else (value,)):
+        yield from _ranged(part, each)

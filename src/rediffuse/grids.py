@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Schedule
+from rediffuse.ranges import Positive
 
 Grid = Callable[[Schedule, int], Tensor]
 Stops = Float64[Tensor, " stops"]
@@ -42,7 +43,7 @@ def quadratic(schedule: Schedule, steps: int) -> Stops:
     return _settled(schedule, _then_data(times))
 
 
-def karras(schedule: Schedule, steps: int, *, rho: float = 7.0) -> Stops:
+def karras(schedule: Schedule, steps: int, *, rho: Positive = 7.0) -> Stops:
     """(σ/α)^(1/ρ) in even steps, then data (Karras et al. 2022, Eq. 5)."""
     if rho <= 0:
         raise ConfigError(f"grid 'karras' needs a rho above 0, not {rho:g}")
@@ -61,7 +62,7 @@ def log_snr(schedule: Schedule, steps: int) -> Stops:
     return _at_half_log_snr(schedule, torch.linspace(first, last, steps, dtype=torch.float64))
 
 
-def stops(schedule: Schedule, steps: int, *, ratios: tuple[float, ...] = _ALIGNED) -> Stops:
+def stops(schedule: Schedule, steps: int, *, ratios: tuple[Positive, ...] = _ALIGNED) -> Stops:
     """Stops at these σ/α, the last of them taken for data (Sabour et al. 2024, Align Your Steps).
 
     The first is moved to t_max; for another number of steps ln(σ/α) is interpolated linearly. The

@@ -21,6 +21,7 @@ from rediffuse.guidance import apart
 from rediffuse.losses import Noised
 from rediffuse.process import Schedule, diffuse
 from rediffuse.targets import check_target
+from rediffuse.training.memory import free_bytes
 
 
 def check(config: Config, trusted: Sequence[str] | None = None) -> None:
@@ -32,6 +33,7 @@ def check(config: Config, trusted: Sequence[str] | None = None) -> None:
     of = partial(build.bind, trusted=trusted)
     to_model(torch.zeros(1, config.data.channels, 1, 1, dtype=torch.uint8), *_levels(config))
     network = build.empty_network(config, num_classes=2, trusted=trusted)
+    _check_size(network)
     clock = build.schedule(config, trusted)
     check_target(of("target", config.target, "target"), clock, config.target.name)
     _check_input_scale(config, clock)
@@ -126,6 +128,17 @@ def _check_input_scale(config: Config, clock: Schedule) -> None:
         raise ConfigError(
             f"schedule '{config.schedule.name}' reaches σ = {loudest.sigma.item():g}, too loud for "
             "a network; set sigma_data to the images' standard deviation (0.5 for [-1, 1])"
+        )
+
+
+def _check_size(network: nn.Module) -> None:
+    """Refuse, before it is made, a network whose weights alone do not fit into memory."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    needed, free = 4 * parameters, free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ConfigError(
+            f"model: {parameters:,} parameters take {needed / 1e9:,.1f} GB for the weights alone, "
+            f"and {free / 1e9:,.1f} GB of memory are free; use a smaller network"
         )
 
 

@@ -13,6 +13,7 @@ from rediffuse.denoiser import Denoiser
 from rediffuse.errors import ConfigError
 from rediffuse.likelihood import Level, bound_term, log_posterior_variance
 from rediffuse.process import Prediction, Schedule, goes_in_steps
+from rediffuse.ranges import Fraction, NonNegative, Positive
 from rediffuse.targets import combine, solve
 from rediffuse.tensors import sent
 from rediffuse.weightings import Weighting
@@ -50,7 +51,7 @@ def l1(denoiser: Denoiser, weighting: Weighting, noised: Noised) -> Losses:
 
 
 def huber(
-    denoiser: Denoiser, weighting: Weighting, noised: Noised, *, delta: float = 1.0
+    denoiser: Denoiser, weighting: Weighting, noised: Noised, *, delta: Positive = 1.0
 ) -> Losses:
     """Twice Huber's (1964) loss: the squared error up to `delta`, growing linearly beyond it."""
     error = _error(denoiser, noised).abs()
@@ -63,7 +64,7 @@ def hybrid(
     weighting: Weighting,
     noised: Noised,
     *,
-    vlb_weight: float = 0.001,
+    vlb_weight: NonNegative = 0.001,
     low: Level = -1.0,
     high: Level = 1.0,
 ) -> Losses:
@@ -94,7 +95,7 @@ def bound(
     weighting: Weighting,
     noised: Noised,
     *,
-    variance: float = 0.0,
+    variance: Fraction = 0.0,
     low: Level = -1.0,
     high: Level = 1.0,
 ) -> Losses:
@@ -137,7 +138,7 @@ def _one_term_for_all(
     predicted: Prediction,
     noised: Noised,
     *,
-    variance: float = 0.0,
+    variance: Fraction = 0.0,
     low: Level,
     high: Level,
 ) -> Tensor:

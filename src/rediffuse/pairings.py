@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rediffuse.errors import ConfigError
+from rediffuse.ranges import Count
 
 Pairing = Callable[[Tensor, Callable[[int], Tensor]], Tensor]
 
@@ -21,7 +22,7 @@ def independent(x_0: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
     return noise(0)
 
 
-def immiscible(x_0: Tensor, noise: Callable[[int], Tensor], *, candidates: int = 4) -> Tensor:
+def immiscible(x_0: Tensor, noise: Callable[[int], Tensor], *, candidates: Count = 4) -> Tensor:
     """Give each image the nearest of a few draws (Li et al. 2025, Improved Immiscible Diffusion).
 
     Images stay independent of one another. What is kept leans towards the image, so that the noise
@@ -39,7 +40,7 @@ def immiscible(x_0: Tensor, noise: Callable[[int], Tensor], *, candidates: int =
 
 
 def optimal_transport(
-    x_0: Tensor, noise: Callable[[int], Tensor], *, block_images: int = 64
+    x_0: Tensor, noise: Callable[[int], Tensor], *, block_images: Count = 64
 ) -> Tensor:
     """Share out the noise of each block of images so that squared distances add up to the least.
 

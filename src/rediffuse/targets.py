@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales, Schedule
+from rediffuse.ranges import Positive
 from rediffuse.tensors import expand
 
 Target = Callable[[Scales], tuple[Tensor, Tensor]]
@@ -35,7 +36,7 @@ def flow(at: Scales) -> tuple[Tensor, Tensor]:
     return -at.alpha.new_ones(()), at.alpha.new_ones(())
 
 
-def edm(at: Scales, *, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+def edm(at: Scales, *, sigma_data: Positive = 0.5) -> tuple[Tensor, Tensor]:
     """F of D = c_skip·x + c_out·F (Karras et al. 2022, Table 1), for any α.
 
     With n² = σ² + α²·σ_data², solving their Eq. 7 for F gives (σ·x_0/σ_data - α·σ_data·ε) / n: unit

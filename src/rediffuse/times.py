@@ -9,6 +9,7 @@ from torch.nn.functional import one_hot
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Schedule, goes_in_steps
+from rediffuse.ranges import Count, Finite, Positive, PositiveFraction
 
 Times = Callable[[Schedule, Tensor], Tensor]
 Uniform = Float64[Tensor, " batch"]
@@ -33,12 +34,16 @@ def uniform(schedule: Schedule, u: Uniform) -> Uniform:
     return schedule.snap(schedule.t_min + u * (schedule.t_max - schedule.t_min))
 
 
-def log_normal(schedule: Schedule, u: Uniform, *, mean: float = -1.2, std: float = 1.2) -> Uniform:
+def log_normal(
+    schedule: Schedule, u: Uniform, *, mean: Finite = -1.2, std: Positive = 1.2
+) -> Uniform:
     """ln(σ/α) ~ N(-1.2, 1.2²) (Karras et al. 2022, Table 1)."""
     return schedule.snap(schedule.time(-(mean + std * _standard_normal(u))))
 
 
-def logit_normal(schedule: Schedule, u: Uniform, *, mean: float = 0.0, std: float = 1.0) -> Uniform:
+def logit_normal(
+    schedule: Schedule, u: Uniform, *, mean: Finite = 0.0, std: Positive = 1.0
+) -> Uniform:
     """logit(t/t_max) ~ N(0, 1): the middle of the path more often (Esser et al. 2024, Eq. 19)."""
     return schedule.snap(torch.sigmoid(mean + std * _standard_normal(u)) * schedule.t_max)
 
@@ -115,7 +120,9 @@ class LossAware(nn.Module):
         return 1.0, schedule.t_max / bins
 
 
-def loss_aware(*, bins: int = 100, history: int = 10, uniform: float = 0.001) -> LossAware:
+def loss_aware(
+    *, bins: Count = 100, history: Count = 10, uniform: PositiveFraction = 0.001
+) -> LossAware:
     """p ∝ √E[L²] (Nichol & Dhariwal 2021, Sec. 3.3), whose bins are a chain's single steps.
 
     A share `uniform` of all draws is even, so that no bin is forgotten.

@@ -13,6 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from rediffuse.process import Scales, Schedule, goes_in_steps, transition_variance
+from rediffuse.ranges import Finite, NonNegative, Positive, Width
 from rediffuse.targets import Target, determinant
 
 Weighting = Callable[[Schedule, Tensor, Target], Tensor]
@@ -36,27 +37,29 @@ def truncated_snr(schedule: Schedule, t: Tensor, target: Target) -> Weights:
     return _from_x_0(_snr(at).clamp(min=1), at, target)
 
 
-def min_snr(schedule: Schedule, t: Tensor, target: Target, *, gamma: float = 5.0) -> Weights:
+def min_snr(schedule: Schedule, t: Tensor, target: Target, *, gamma: Positive = 5.0) -> Weights:
     """min(SNR, γ) on the error of x_0 (Hang et al. 2023, Sec. 3.4)."""
     at = schedule(t)
     return _from_x_0(_snr(at).clamp(max=gamma), at, target)
 
 
-def soft_min_snr(schedule: Schedule, t: Tensor, target: Target, *, gamma: float = 4.0) -> Weights:
+def soft_min_snr(
+    schedule: Schedule, t: Tensor, target: Target, *, gamma: Positive = 4.0
+) -> Weights:
     """SNR·γ / (SNR + γ), or 1 / (σ² + 1/γ), on the error of x_0 (Crowson et al. 2024, HDiT)."""
     at = schedule(t)
     return _from_x_0(gamma * _snr(at) / (_snr(at) + gamma), at, target)
 
 
 def p2(
-    schedule: Schedule, t: Tensor, target: Target, *, k: float = 1.0, gamma: float = 1.0
+    schedule: Schedule, t: Tensor, target: Target, *, k: NonNegative = 1.0, gamma: NonNegative = 1.0
 ) -> Weights:
     """1 / (k + SNR)^γ on the error of ε (Choi et al. 2022, P2)."""
     at = schedule(t)
     return _from_eps((k + _snr(at)) ** -gamma, at, target)
 
 
-def edm(schedule: Schedule, t: Tensor, target: Target, *, sigma_data: float = 0.5) -> Weights:
+def edm(schedule: Schedule, t: Tensor, target: Target, *, sigma_data: Positive = 0.5) -> Weights:
     """λ(σ) = (σ² + σ_data²) / (σ·σ_data)² on the error of x_0 (Karras et al. 2022, Table 1).
 
     For any α it is SNR + 1/σ_data²: 1 on the output of target=edm with the same `sigma_data`.
@@ -65,7 +68,7 @@ def edm(schedule: Schedule, t: Tensor, target: Target, *, sigma_data: float = 0.
     return _from_x_0(_snr(at) + sigma_data**-2, at, target)
 
 
-def sigmoid(schedule: Schedule, t: Tensor, target: Target, *, bias: float = 2.0) -> Weights:
+def sigmoid(schedule: Schedule, t: Tensor, target: Target, *, bias: Finite = 2.0) -> Weights:
     """w(λ) = sigmoid(bias - λ) on the bound, where λ is the log-SNR (Kingma & Gao 2023).
 
     Like the bound's own weight it holds -dλ/dt, so it is the paper's for times drawn uniformly.
@@ -120,7 +123,7 @@ class Uncertainty(nn.Module):
         return (-(features * self.on_features).sum(-1)).exp()
 
 
-def uncertainty(*, channels: int = 128) -> Uncertainty:
+def uncertainty(*, channels: Width = 128) -> Uncertainty:
     """Divide by a learned error level (Karras et al. 2024, EDM2, Eq. 14-15)."""
     return Uncertainty(channels)
 

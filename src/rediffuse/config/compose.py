@@ -500,7 +500,8 @@ def _is_part(value: Any) -> bool:
 
 def _is_branch(word: int | str) -> bool:
     """Pydantic names the branch of a union that it tried; nobody wrote that."""
-    return isinstance(word, str) and ("[" in word or word in {"bool", "float", "int", "str"})
+    kinds = {"bool", "float", "int", "str", "constrained-float", "constrained-int"}
+    return isinstance(word, str) and ("[" in word or word in kinds)
 
 
 def _short(given: Any, most: int = 200) -> str:

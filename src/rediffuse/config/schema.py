@@ -12,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PlainSerializer,
     PositiveInt,
     model_validator,
@@ -21,6 +20,11 @@ from pydantic_core import PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Level = Annotated[float, Field(ge=-1000, le=1000)]
+Spread = Annotated[float, Field(ge=1e-3, le=1000)]
+Epochs = Annotated[float, Field(gt=0, le=1e9)]
+ImageCount = Annotated[int, Field(gt=0, le=10**15)]
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AUTO = 0
 """A batch size that is still to be found; a configuration says "auto"."""
@@ -75,15 +79,15 @@ class Data(Part):
     """1 grey, 3 colours, 4 with transparency"""
     fit: Literal["crop", "pad"] = "crop"
     """what makes an image square: `crop` its middle, or `pad` it with black"""
-    mean: float | list[float] = 0.5
+    mean: Level | list[Level] = 0.5
     """pixels become (pixel/255 - mean) / std; one number, or one per channel"""
-    std: PositiveFloat | list[PositiveFloat] = 0.5
+    std: Spread | list[Spread] = 0.5
     """see `data.mean`; 0.5 and 0.5 give [-1, 1]"""
     use_labels: bool = True
     """train with classes, where there are any"""
     flip: bool = False
     """mirror half of the images; not for digits or texts"""
-    crop_padding: NonNegativeInt = 0
+    crop_padding: Annotated[int, Field(ge=0, le=8192)] = 0
     """shift each image by up to so many pixels"""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """share of images held out, where the source has no such part"""
@@ -101,13 +105,13 @@ class Data(Part):
 class Training(Section):
     """How long, how fast, how exact, and how often something is looked at."""
 
-    epochs: PositiveFloat | None = None
+    epochs: Epochs | None = None
     """the length in passes over the images; null: `training.images` says it"""
-    images: PositiveInt | None = None
+    images: ImageCount | None = None
     stop_after_images: PositiveInt | None = None
     batch_size: BatchSize = 128
     accumulation: PositiveInt = 1
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: LearningRate = 2e-4
     """its peak; `rate` says how it changes"""
     clip_norm: PositiveFloat | None = 1.0
     """gradients with a larger norm are scaled down to it; null: never"""
@@ -127,7 +131,7 @@ class Training(Section):
     """null: an epoch, or a twentieth of the run if that is longer"""
     previews: bool = True
     """draw images while training, and at its end"""
-    preview_count: PositiveInt = 64
+    preview_count: Annotated[int, Field(gt=0, le=100_000)] = 64
     """how many"""
     validation_images: PositiveInt = 1024
     """held-out images whose loss is measured, always with the same times and noise"""
@@ -135,7 +139,7 @@ class Training(Section):
     keep_every_images: PositiveInt | None = None
     proxy_every_images: PositiveInt | None = None
     proxy_images: PositiveInt = 500
-    proxy_steps: PositiveInt = 10
+    proxy_steps: Annotated[int, Field(gt=0, le=100_000)] = 10
     """with how many steps of the run's solver"""
     best_metric: BestMetric = "validation/loss"
     early_stopping_checks: PositiveInt | None = None

@@ -7,6 +7,7 @@ from rediffuse.denoiser import Denoise
 from rediffuse.errors import ConfigError
 from rediffuse.guidance import with_x_0
 from rediffuse.process import Prediction, Schedule
+from rediffuse.ranges import PositiveFraction
 from rediffuse.tensors import expand
 
 
@@ -16,7 +17,7 @@ def dynamic_thresholding(
     *,
     low: Tensor,
     high: Tensor,
-    percentile: float = 0.995,
+    percentile: PositiveFraction = 0.995,
 ) -> Denoise:
     """Clip x_0 at a percentile of its own pixels, and shrink it into range if that lies outside.
 

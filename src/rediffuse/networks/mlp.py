@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rediffuse.networks.blocks import zero
 from rediffuse.networks.embeddings import Embedding
+from rediffuse.ranges import Depth, Width
 
 
 class MLP(nn.Module):
@@ -24,8 +25,8 @@ class MLP(nn.Module):
         image_size: int,
         num_classes: int = 0,
         null_class: bool = False,
-        width: int = 256,
-        depth: int = 4,
+        width: Width = 256,
+        depth: Depth = 4,
     ) -> None:
         super().__init__()
         self.image_size = image_size

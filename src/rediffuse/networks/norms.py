@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rediffuse.errors import ConfigError
 from rediffuse.networks import fused
+from rediffuse.ranges import Positive, Width
 
 Norm = Callable[[int], nn.Module]
 
@@ -46,7 +47,7 @@ def _modulated(h: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
 
 
-def group(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
+def group(channels: int, *, groups: Width = 32, eps: Positive = 1e-6) -> GroupNorm:
     """Normalise groups of channels of an image (Wu & He 2018; defaults of Ho et al. 2020's code).
 
     Raises:
@@ -60,17 +61,17 @@ def group(channels: int, *, groups: int = 32, eps: float = 1e-6) -> GroupNorm:
     return GroupNorm(groups, channels, eps)
 
 
-def layer(channels: int, *, eps: float = 1e-6) -> GroupNorm:
+def layer(channels: int, *, eps: Positive = 1e-6) -> GroupNorm:
     """Normalise an image as a whole (Ba et al. 2016): one group."""
     return GroupNorm(1, channels, eps)
 
 
-def instance(channels: int, *, eps: float = 1e-6) -> GroupNorm:
+def instance(channels: int, *, eps: Positive = 1e-6) -> GroupNorm:
     """Normalise each channel of an image (Ulyanov et al. 2016): as many groups as channels."""
     return GroupNorm(channels, channels, eps)
 
 
-def batch(channels: int, *, eps: float = 1e-5) -> nn.BatchNorm2d:
+def batch(channels: int, *, eps: Positive = 1e-5) -> nn.BatchNorm2d:
     """Normalise each channel over the batch, later by running means (Ioffe & Szegedy 2015)."""
     return nn.BatchNorm2d(channels, eps)
 

@@ -14,6 +14,7 @@ from rediffuse.networks.blocks import Downsample, Repeat, ResidualBlock, Stage, 
 from rediffuse.networks.convolutions import Convolution
 from rediffuse.networks.embeddings import Embedding
 from rediffuse.networks.norms import Norm, group
+from rediffuse.ranges import BelowOne, Depth, Width
 
 
 class UNet(nn.Module):
@@ -40,16 +41,16 @@ class UNet(nn.Module):
         image_size: int,
         num_classes: int = 0,
         null_class: bool = False,
-        base_channels: int = 128,
-        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks_per_level: int = 2,
-        attention_resolutions: Sequence[int] = (16,),
-        heads: int = 1,
-        head_channels: int | None = None,
+        base_channels: Width = 128,
+        channel_multipliers: Sequence[Depth] = (1, 2, 2, 2),
+        blocks_per_level: Depth = 2,
+        attention_resolutions: Sequence[Width] = (16,),
+        heads: Width = 1,
+        head_channels: Width | None = None,
         scale_shift: bool = False,
         residual_resampling: bool = False,
         norm: Norm = group,
-        dropout: float = 0.0,
+        dropout: BelowOne = 0.0,
     ) -> None:
         super().__init__()
         _check_numbers(base_channels, channel_multipliers, blocks_per_level, dropout)

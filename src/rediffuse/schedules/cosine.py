@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales
+from rediffuse.ranges import Positive
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Cosine:
         return 1000 * t
 
 
-def cosine(*, max_log_snr: float = 15.0, shift: float = 1.0) -> Cosine:
+def cosine(*, max_log_snr: Positive = 15.0, shift: Positive = 1.0) -> Cosine:
     """Log-SNR between -15 and 15, both less 2·ln(shift) (Hoogeboom et al. 2023, App. B).
 
     A shift above 1 is noisier throughout: that paper's 2·ln(64/image_size) is shift=image_size/64.

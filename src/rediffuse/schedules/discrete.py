@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales
-from rediffuse.ranges import Chain
+from rediffuse.ranges import Chain, Finite, Fraction, InsideOne, Positive
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def from_betas(betas: Tensor, *, zero_terminal_snr: bool = False) -> Discrete:
     return rescaled_to_zero_terminal_snr(chain) if zero_terminal_snr else chain
 
 
-def betas(*, betas: tuple[float, ...], zero_terminal_snr: bool = False) -> Discrete:
+def betas(*, betas: tuple[InsideOne, ...], zero_terminal_snr: bool = False) -> Discrete:
     """The chain of any list β_1 .. β_T, each in (0, 1)."""
     return from_betas(torch.tensor(betas, dtype=torch.float64), zero_terminal_snr=zero_terminal_snr)
 
@@ -83,11 +83,12 @@ def rescaled_to_zero_terminal_snr(chain: Discrete) -> Discrete:
 def linear(
     *,
     steps: Chain = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 0.02,
+    beta_start: InsideOne = 1e-4,
+    beta_end: InsideOne = 0.02,
     zero_terminal_snr: bool = False,
 ) -> Discrete:
     """β from 1e-4 to 0.02 (Ho et al. 2020, Sec. 4), scaled by 1000/T to end as noisy at any T."""
+    _check_rising(beta_start, beta_end)
     betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
     return from_betas(_per_step(betas), zero_terminal_snr=zero_terminal_snr)
 
@@ -95,11 +96,12 @@ def linear(
 def quadratic(
     *,
     steps: Chain = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 0.02,
+    beta_start: InsideOne = 1e-4,
+    beta_end: InsideOne = 0.02,
     zero_terminal_snr: bool = False,
 ) -> Discrete:
     """√β from √1e-4 to √0.02 in even steps ("quad" of Ho et al. 2020's code), scaled by 1000/T."""
+    _check_rising(beta_start, beta_end)
     root = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
     return from_betas(_per_step(root**2), zero_terminal_snr=zero_terminal_snr)
 
@@ -107,8 +109,8 @@ def quadratic(
 def scaled_linear(
     *,
     steps: Chain = 1000,
-    beta_start: float = 8.5e-4,
-    beta_end: float = 0.012,
+    beta_start: InsideOne = 8.5e-4,
+    beta_end: InsideOne = 0.012,
     zero_terminal_snr: bool = False,
 ) -> Discrete:
     """`quadratic` between the end points of latent diffusion (Rombach et al. 2022's models)."""
@@ -123,11 +125,12 @@ def scaled_linear(
 def beta_sigmoid(
     *,
     steps: Chain = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 0.02,
+    beta_start: InsideOne = 1e-4,
+    beta_end: InsideOne = 0.02,
     zero_terminal_snr: bool = False,
 ) -> Discrete:
     """β along a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff), scaled by 1000/T."""
+    _check_rising(beta_start, beta_end)
     rise = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64))
     betas = beta_start + (beta_end - beta_start) * rise
     return from_betas(_per_step(betas), zero_terminal_snr=zero_terminal_snr)
@@ -136,9 +139,9 @@ def beta_sigmoid(
 def alpha_sigmoid(
     *,
     steps: Chain = 1000,
-    start: float = -3.0,
-    end: float = 3.0,
-    tau: float = 1.0,
+    start: Finite = -3.0,
+    end: Finite = 3.0,
+    tau: Positive = 1.0,
     zero_terminal_snr: bool = False,
 ) -> Discrete:
     """ᾱ along a falling sigmoid (Jabri et al. 2022, Alg. 1)."""
@@ -151,7 +154,7 @@ def alpha_sigmoid(
 
 
 def cosine(
-    *, steps: Chain = 1000, offset: float = 0.008, zero_terminal_snr: bool = False
+    *, steps: Chain = 1000, offset: Fraction = 0.008, zero_terminal_snr: bool = False
 ) -> Discrete:
     """ᾱ = cos²((u + 0.008)/1.008·π/2) with β ≤ 0.999 (Nichol & Dhariwal 2021, Eq. 17)."""
 
@@ -159,6 +162,14 @@ def cosine(
         return ((u + offset) / (1 + offset) * math.pi / 2).cos() ** 2
 
     return from_betas(_betas_of(squared_cosine, steps), zero_terminal_snr=zero_terminal_snr)
+
+
+def _check_rising(beta_start: float, beta_end: float) -> None:
+    if beta_start > beta_end:
+        raise ConfigError(
+            f"schedule.beta_start={beta_start:g} is above schedule.beta_end={beta_end:g}; a chain "
+            "adds more noise in later steps"
+        )
 
 
 def _betas_of(alpha_bar: Callable[[Tensor], Tensor], steps: int, most: float = 0.999) -> Tensor:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rediffuse.errors import ConfigError
 from rediffuse.process import Scales
+from rediffuse.ranges import Positive
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class EDM:
         return t.log() / 4
 
 
-def edm(*, sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDM:
-    """σ from 0.002 to 80 (Karras et al. 2022, Table 1); the network's input needs `sigma_data`."""
+def edm(*, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0) -> EDM:
+    """σ from 0.002 to 80 (Karras et al. 2022, Table 1); the network's input needs `sigma_data`.
+
+    Raises:
+        ConfigError: unless `sigma_min` is below `sigma_max`.
+    """
+    if sigma_min >= sigma_max:
+        raise ConfigError(
+            f"schedule.sigma_min={sigma_min:g} must be below schedule.sigma_max={sigma_max:g}"
+        )
     return EDM(sigma_min, sigma_max)

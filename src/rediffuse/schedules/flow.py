@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales
+from rediffuse.ranges import Count, InsideOne, Positive
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Flow:
         return 1000 * t
 
 
-def flow(*, shift: float = 1.0, t_min: float = 1e-3) -> Flow:
+def flow(*, shift: Positive = 1.0, t_min: InsideOne = 1e-3) -> Flow:
     """Esser et al. 2024, Eq. 23: a shift above 1 spends more of the clock on noise."""
     if shift <= 0:
         raise ConfigError(f"flow's shift must be above 0, not {shift:g}")
     return Flow(shift, t_min)
 
 
-def resolution(*, image_size: int = 64, base_size: int = 32, t_min: float = 1e-3) -> Flow:
+def resolution(*, image_size: Count = 64, base_size: Count = 32, t_min: InsideOne = 1e-3) -> Flow:
     """`flow` with the shift √(m/n) of m pixels for n (Esser et al. 2024, Eq. 23).
 
     It moves a schedule that suits images of `base_size`² pixels to ones of `image_size`².

@@ -6,6 +6,7 @@ from torch.nn.functional import softplus
 
 from rediffuse.errors import ConfigError
 from rediffuse.process import Scales
+from rediffuse.ranges import Finite, Width
 
 
 class Learned(nn.Module):
@@ -68,7 +69,9 @@ class Learned(nn.Module):
         return line + (softplus(self.height) * steps).sum(-1)
 
 
-def learned(*, max_log_snr: float = 13.3, min_log_snr: float = -5.0, width: int = 64) -> Learned:
+def learned(
+    *, max_log_snr: Finite = 13.3, min_log_snr: Finite = -5.0, width: Width = 64
+) -> Learned:
     """A monotone schedule between the ends of Kingma et al. 2021's models of CIFAR-10."""
     if width < 1:
         raise ConfigError(f"schedule.width: expected 1 or more, not {width}")

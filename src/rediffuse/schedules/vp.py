@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rediffuse.process import Scales
+from rediffuse.ranges import InsideOne, NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,6 @@ class VP:
         return 1000 * t
 
 
-def vp(*, beta_min: float = 0.1, beta_d: float = 19.9, t_min: float = 1e-3) -> VP:
+def vp(*, beta_min: NonNegative = 0.1, beta_d: Positive = 19.9, t_min: InsideOne = 1e-3) -> VP:
     """Song et al. 2021, App. C, with their β_max = β_min + β_d = 20 and sampling ε = 1e-3."""
     return VP(beta_min, beta_d, t_min)

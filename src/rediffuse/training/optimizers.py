@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rediffuse.ranges import BelowOne, NonNegative, Positive
+
 Groups = list[dict[str, Any]]
 
 
@@ -12,10 +14,10 @@ def adam(
     groups: Groups,
     learning_rate: float,
     *,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    beta_1: BelowOne = 0.9,
+    beta_2: BelowOne = 0.999,
+    eps: Positive = 1e-8,
+    weight_decay: NonNegative = 0.0,
 ) -> torch.optim.Optimizer:
     """Kingma & Ba 2015; `weight_decay` is L2 regularisation here."""
     given = _decaying(groups, weight_decay)
@@ -28,10 +30,10 @@ def adamw(
     groups: Groups,
     learning_rate: float,
     *,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    beta_1: BelowOne = 0.9,
+    beta_2: BelowOne = 0.999,
+    eps: Positive = 1e-8,
+    weight_decay: NonNegative = 0.01,
 ) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019: weight decay apart from the gradient."""
     given = _decaying(groups, weight_decay)

@@ -5,17 +5,19 @@ the horizon it stays where it ended.
 """
 
 import math
+from typing import Annotated
 
 from rediffuse.errors import ConfigError
+from rediffuse.ranges import Fraction, ImageCount, PositiveFraction, Range
 
 
-def constant(images: int, horizon_images: int, *, warmup_images: int = 0) -> float:
+def constant(images: int, horizon_images: int, *, warmup_images: ImageCount = 0) -> float:
     """1, after a linear warm-up (Goyal et al. 2017, Sec. 2.2)."""
     return _warm_up(images, warmup_images)
 
 
 def cosine(
-    images: int, horizon_images: int, *, final: float = 0.0, warmup_images: int = 0
+    images: int, horizon_images: int, *, final: Fraction = 0.0, warmup_images: ImageCount = 0
 ) -> float:
     """Half a cosine from 1 to `final` (Loshchilov & Hutter 2017, Eq. 5, without restarts)."""
     progress = _progress(images, horizon_images, warmup_images)
@@ -24,7 +26,7 @@ def cosine(
 
 
 def linear(
-    images: int, horizon_images: int, *, final: float = 0.0, warmup_images: int = 0
+    images: int, horizon_images: int, *, final: Fraction = 0.0, warmup_images: ImageCount = 0
 ) -> float:
     """A straight line from 1 to `final`."""
     progress = _progress(images, horizon_images, warmup_images)
@@ -35,9 +37,9 @@ def step(
     images: int,
     horizon_images: int,
     *,
-    every_images: int,
-    factor: float = 0.5,
-    warmup_images: int = 0,
+    every_images: Annotated[int, Range(1.0, 1e15)],
+    factor: PositiveFraction = 0.5,
+    warmup_images: ImageCount = 0,
 ) -> float:
     """Times `factor` every so many images."""
     if every_images <= 0:
