@@ -3,12 +3,19 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from rediffuse import processes
 from rediffuse.errors import ConfigError
+from rediffuse.training.devices import Devices
+from rediffuse.training.hooks import Interrupts
+from rediffuse.training.loop import Stop
 
 VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -120,7 +127,7 @@ def test_a_child_that_a_signal_kills_has_the_exit_code_that_shells_tell() -> Non
 
 
 def test_a_child_imports_nothing_from_the_working_directory(tmp_path: Path) -> None:
-    (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
+    (tmp_path / "click.py").write_text("raise SystemExit('the wrong module')")
     code = (
         "import subprocess, sys; sys.path = [p for p in sys.path if p]\n"
         "from rediffuse import processes\n"
@@ -131,3 +138,54 @@ def test_a_child_imports_nothing_from_the_working_directory(tmp_path: Path) -> N
         [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+HERE = Devices(torch.device("cpu"))
+
+
+@pytest.fixture
+def handlers() -> Iterator[dict[signal.Signals, object]]:
+    """The handlers of this process, which are put back."""
+    before = {number: signal.getsignal(number) for number in processes.ENDING}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", processes.ENDING, ids=lambda number: number.name)
+def test_every_signal_of_terminals_and_schedulers_asks_training_to_stop(
+    number: signal.Signals, handlers: dict[signal.Signals, object]
+) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    with closing(Interrupts(HERE)) as interrupts:
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # the same one, by another way
+        with pytest.raises(Stop, match=f"{number.name} received"):
+            interrupts.go_on()
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_what_the_parent_ignores_stays_ignored_but_for_the_sigint_of_background_jobs(
+    handlers: dict[signal.Signals, object],
+) -> None:
+    for number in processes.ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    with closing(Interrupts(HERE)) as interrupts:
+        for number in set(processes.ENDING) - {signal.SIGINT}:
+            signal.raise_signal(number)
+        interrupts.go_on()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stop):
+            interrupts.go_on()
+
+
+def test_a_thread_leaves_signals_to_the_main_thread(
+    handlers: dict[signal.Signals, object],
+) -> None:
+    def there() -> None:
+        with closing(Interrupts(HERE)) as interrupts:
+            assert {n: signal.getsignal(n) for n in processes.ENDING} == handlers
+            interrupts.go_on()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(there).result()

@@ -162,7 +162,7 @@ def test_a_batch_norm_is_refused_where_each_process_sees_a_part_of_a_batch(tmp_p
 
 
 def test_what_does_not_divide_its_work_is_refused_in_several_processes(run: Path) -> None:
-    for words in (("reproduce", run.name), ("plan",)):
+    for words in (("reproduce", run.name), ("train", "-m", "seed=0,1")):
         for end in together(*words, root=run.parent):
             assert end.returncode == 2, end
             assert "works in one process, not 2" in end.stderr

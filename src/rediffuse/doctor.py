@@ -19,7 +19,7 @@ import psutil
 import torch
 from PIL import Image
 
-from rediffuse import locks, tables
+from rediffuse import locks, processes, tables
 from rediffuse.errors import RunError
 from rediffuse.runs import runs_root
 from rediffuse.session import say
@@ -297,7 +297,7 @@ def _command(place: Path, *words: str) -> None:
         RunError: with the last line that it said, if it fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "rediffuse", *words],
+        processes.command(*words),
         env={**os.environ, "REDIFFUSE_ROOT": str(place / "runs")},
         cwd=place,
         capture_output=True,

@@ -22,7 +22,7 @@ VALUES = [
 ]  # fmt: skip
 OPTIONS = sorted(
     {option for command in rediffuse.commands.values() for p in command.params for option in p.opts}
-    - {"--config", "-m", "--multirun"}  # these train: `--show-config` does not hold them back
+    - {"--config"}  # as it would take `--show-config` for its value
 )
 
 junk = st.text(
@@ -78,7 +78,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise TrainingError("trained")
 
     monkeypatch.setattr("rediffuse.launch.prepare", prevented)
-    monkeypatch.setattr("subprocess.run", prevented)
+    monkeypatch.setattr("rediffuse.processes.run", prevented)
     return tmp_path
 
 

@@ -25,7 +25,19 @@ from faults_runs import (
     until_it_waits,
 )
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+from rediffuse.processes import ENDING
+
+CODES = {number: 128 + number for number in ENDING}
+every = pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            number, marks=() if number.name in ("SIGTERM", "SIGUSR1") else pytest.mark.slow
+        )
+        for number in ENDING
+    ],
+    ids=lambda number: number.name,
+)
 both = pytest.mark.parametrize(
     "number",
     [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
@@ -40,7 +52,7 @@ def waiting(zygote: Zygote, root: Path) -> Process:
     return process
 
 
-@both
+@every
 def test_a_signal_ends_a_run_as_killed_after_the_step_that_it_meets(
     zygote: Zygote, half: Path, golden: Golden, number: signal.Signals
 ) -> None:
@@ -54,6 +66,20 @@ def test_a_signal_ends_a_run_as_killed_after_the_step_that_it_meets(
     assert (status(run), images_in(checkpoints(run)[-1])) == ("KILLED", 80)
     zygote.run("resume", run.name, root=half, check=0)
     assert_same(run, golden)
+
+
+def test_signals_that_come_together_are_one_and_lose_no_step(
+    zygote: Zygote, half: Path, golden: Golden
+) -> None:
+    """As from a closed terminal and its shell, or from a launcher beside a scheduler."""
+    process = waiting(zygote, half)
+    for number in (signal.SIGHUP, signal.SIGTERM) * 2:
+        process.send(number)
+    (half / "go").touch()
+    done = process.wait()
+    assert_clear(done, CODES[signal.SIGHUP])
+    run = runs_in(half)[0]
+    assert (status(run), images_in(checkpoints(run)[-1])) == ("KILLED", 80)
 
 
 @both

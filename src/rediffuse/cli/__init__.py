@@ -48,7 +48,7 @@ class _InOrder(click.Group):
     cls=_InOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed or found different, 2 refused before anything was done, "
-    "130 interrupted with Ctrl-C, 143 ended by SIGTERM; what was trained is kept.",
+    "128 + n ended by signal n (130 Ctrl-C, 143 SIGTERM); what was trained is kept.",
 )
 @click.version_option(package_name="rediffuse")
 def rediffuse() -> None:

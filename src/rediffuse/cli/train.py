@@ -1,12 +1,11 @@
 """`rediffuse train` and `rediffuse resume`."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from rediffuse import processes
 from rediffuse.cli import complete, options
 from rediffuse.words import say
 
@@ -39,18 +38,18 @@ def train(
       rediffuse train resume_from_run_id=ID training.epochs=200
       rediffuse train --show-config    every key with its value
     """
-    if multirun:
-        return _train_each(words, file, name, root)
+    if multirun and not show_config:
+        return _train_each(words, _shared(file, name, root, trust))
+    if show_config:
+        _show(words, file, name, root, multirun)
+        return 0
     from rediffuse import launch
-    from rediffuse.config.compose import compose, dump_yaml, run_ids
+    from rediffuse.config.compose import compose, run_ids
 
     rest, ids = run_ids(words)
     if ids["resume_from_run_id"]:
         return launch.resume(ids["resume_from_run_id"], rest, root=root, trusted=trust)
     config = compose(rest, file, {"name": name} if name else {})
-    if show_config:
-        say(dump_yaml(config).removesuffix("\n"))
-        return 0
     return launch.train(config, root=root, parent=ids["parent_run_id"])
 
 
@@ -75,18 +74,47 @@ def resume(run_id: str, words: tuple[str, ...], root: Path | None, trust: tuple[
     return launch.resume(run_id, words, root=root, trusted=trust)
 
 
-def _train_each(
-    words: Sequence[str], file: Path | None, name: str | None, root: Path | None
-) -> int:
-    """Train one run after another, each in a process of its own, so that nothing survives a run."""
+def _shared(
+    file: Path | None, name: str | None, root: Path | None, trust: Sequence[str]
+) -> list[str]:
+    """The options that every run of a multirun is started with."""
+    options = {"--config": file, "--run-name": name, "--root": root}
+    given = [f"{option}={value}" for option, value in options.items() if value]
+    return [*given, *(f"--trust={package}" for package in trust)]
+
+
+def _train_each(words: Sequence[str], shared: Sequence[str]) -> int:
+    """Train one run after another, each in a process of its own, so that nothing survives a run.
+
+    Return the highest exit code. A signal ends the run that is trained, and no other one begins.
+    """
     from rediffuse.config.compose import sweep
 
-    shared = ["--config", str(file)] if file else []
-    shared += ["--run-name", name] if name else []
-    shared += ["--root", str(root)] if root else []
-    codes = []
+    processes.alone("train -m")
+    codes = [0]
     for combination in sweep(words):
         say(f"── rediffuse train {' '.join(combination)}")
-        command = [sys.executable, "-m", "rediffuse", "train", *shared, *combination]
-        codes.append(subprocess.run(command, check=False).returncode)
-    return max(codes, default=0)
+        code, received = processes.run(processes.command("train", *shared, *combination))
+        if received:
+            return processes.exit_code(received)
+        codes.append(code)
+    return max(codes)
+
+
+def _show(
+    words: Sequence[str], file: Path | None, name: str | None, root: Path | None, multirun: bool
+) -> None:
+    """Print the whole configuration, of each combination as a document of one YAML."""
+    from rediffuse.config.compose import compose, dump_yaml, run_ids, sweep
+
+    for combination in sweep(words) if multirun else [words]:
+        if multirun:
+            say(f"--- # rediffuse train {' '.join(combination)}")
+        rest, ids = run_ids(combination)
+        if word := ids["resume_from_run_id"]:
+            from rediffuse import launch, runs
+
+            _, config = launch.to_resume(runs.find_run(runs.runs_root(root), word), rest)
+        else:
+            config = compose(rest, file, {"name": name} if name else {})
+        say(dump_yaml(config).removesuffix("\n"))

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from rediffuse.data.batches import Batch
 from rediffuse.errors import TrainingError
 from rediffuse.losses import Noised
 from rediffuse.process import diffuse
+from rediffuse.processes import ENDING, is_ignored
 from rediffuse.randomness import Stream, normal, uniform
 from rediffuse.tensors import sent
 from rediffuse.times import LossAware
@@ -304,15 +306,21 @@ PROFILED = range(5, 10)
 
 
 class Interrupts:
-    """SIGINT and SIGTERM end training after the step they meet; a second one ends it at once.
+    """End training after the step that a signal of `processes.ENDING` meets.
 
-    Several ranks, which signals meet at different steps, end together one step later.
+    A second SIGINT or SIGTERM ends the process at once. It counts from `REPEATED_S` after the first
+    on: terminals, launchers and schedulers deliver one signal several times. Several ranks, which
+    signals meet at different steps, end together one step later. What the parent process ignores
+    stays ignored. Python lets the main thread alone handle signals; in others there are none here.
     """
 
     def __init__(self, devices: Devices) -> None:
         self.received: signal.Signals | None = None
+        self._demanded: float | None = None  # when SIGINT or SIGTERM came first
         self._ballot = Ballot(devices)
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        here = threading.current_thread() is threading.main_thread()
+        handled = [number for number in ENDING if here and not is_ignored(number)]
+        self._before = {number: signal.signal(number, self._note) for number in handled}
 
     def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
         """Stop if a signal has come."""
@@ -338,9 +346,19 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        for either in self._before:
-            signal.signal(either, signal.SIG_DFL)
+        self.received = self.received or signal.Signals(number)
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            return
+        now = time.monotonic()
+        if self._demanded is None:
+            self._demanded = now
+        elif now - self._demanded > REPEATED_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+REPEATED_S = 1.0
+"""Seconds in which the same request to end may come again by another way."""
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
