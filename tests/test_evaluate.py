@@ -2,6 +2,8 @@
 
 import json
 import os
+import math
+import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,11 +24,12 @@ from rediffuse.drawing import Job, share
 from rediffuse.errors import ConfigError, DataError, RunError
 from rediffuse.evaluate import Asked, Evaluation
 from rediffuse.evaluation.card import Card
+from rediffuse.evaluation.digests import add_digest, check_digest
 from rediffuse.evaluation.figures import Figure, Floor, Spread, with_n
 from rediffuse.evaluation.measures import MEASURE
 from rediffuse.gallery import Options
 from rediffuse.judging import in_chunks, rows_of_classes
-from rediffuse.reading import read_object
+from rediffuse.report.evaluations import evaluations
 from rediffuse.tracking.jsonl import append_metrics, read_metrics
 from rediffuse.training import committed
 
@@ -70,7 +73,7 @@ def evaluated(trained: tuple[Path, str], **how: Any) -> Evaluation:
     assert door.evaluate(run, options, asked) == 0
     files = set((root / run / "evaluation").glob("*.json"))
     new = (files - before) or files
-    return Evaluation.from_json(read_object(max(new, key=lambda f: f.stat().st_mtime_ns)))
+    return door.read_evaluation(max(new, key=lambda f: f.stat().st_mtime_ns))
 
 
 CARD = Card(
@@ -317,6 +320,68 @@ def test_an_evaluation_that_a_tracker_missed_is_sent_by_any_later_command(
         for _ in range(2):
             send(found)
         assert tracker.rows == [(48, {*found.metrics()})]
+
+
+def newest(trained: tuple[Path, str]) -> Path:
+    root, run = trained
+    return max((root / run / "evaluation").glob("*.json"), key=lambda f: f.stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("name", ["value", "seconds"])
+def test_a_changed_digit_of_an_evaluation_is_noticed_by_every_reader(
+    trained: tuple[Path, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluated(trained, seed=8, again=True)
+    file = newest(trained)
+
+    def another(found: re.Match[str]) -> str:
+        return found[1] + ("2" if found[2] == "1" else "1")
+
+    changed, count = re.subn(rf'("{name}": -?)([0-9])', another, file.read_text())
+    assert count
+    file.write_text(changed)
+    with pytest.raises(ValueError, match="changed after it was written"):
+        door.read_evaluation(file)
+    (line,) = (line for line in overview.evaluations(run_of(trained)) if file.stem in line)
+    assert "damaged (it was changed after it was written" in line
+    figures, notes = evaluations(file.parent)
+    assert not [figure for figure in figures if figure.file == file.name]
+    assert any(file.name in note and "changed after" in note for note in notes)
+    assert evaluated(trained, seed=8).figures == first.figures
+    assert f"{file.name} is damaged" in capsys.readouterr().err
+
+
+def test_an_evaluation_without_a_digest_is_read_and_called_unverified(
+    trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As versions before the digest wrote them."""
+    first = evaluated(trained, seed=9)
+    file = newest(trained)
+    facts = json.loads(file.read_text())
+    del facts["sha256"]
+    file.write_text(json.dumps(facts))
+    found = evaluated(trained, seed=9)
+    assert found.figures == first.figures
+    assert "values  unverified" in capsys.readouterr().out
+    assert not door.read_evaluation(file).verified
+    (line,) = (line for line in overview.evaluations(run_of(trained)) if file.stem in line)
+    assert "fd_classifier_40" in line
+    assert "unverified" in line
+    assert any(file.name in note and "unverified" in note for note in evaluations(file.parent)[1])
+
+
+def run_of(trained: tuple[Path, str]) -> runs.Run:
+    return runs.find_run(*trained)
+
+
+def test_the_digest_is_over_every_value_and_any_order_of_keys() -> None:
+    facts = {"a": [1, {"b": 0.1}], "c": None, "d": math.inf}
+    kept = json.loads(json.dumps(add_digest(facts)))
+    assert check_digest(dict(reversed(kept.items())))
+    assert not check_digest({"a": 1})
+    for changed in ({"a": [1, {"b": 0.2}]}, {"c": 0}, {"e": 1}, {"sha256": "0" * 64}):
+        with pytest.raises(ValueError, match="changed after"):
+            check_digest({**kept, **changed})
 
 
 def test_damaged_references_and_evaluations_are_made_anew(

@@ -25,6 +25,7 @@ from rediffuse.config.compose import compose
 from rediffuse.config.schema import Config, Part
 from rediffuse.data.decoding import KINDS
 from rediffuse.errors import ConfigError, RunError
+from rediffuse.evaluation.digests import add_digest
 from rediffuse.gallery import Options, wanted
 from rediffuse.pictures import film
 from rediffuse.plots import Curve
@@ -311,8 +312,9 @@ def test_figures_of_evaluations_are_shown_with_their_cards_and_no_others(tmp_pat
     figure = {"figure": "fd_200", "name": "fd", "value": 0.5, "spread": spread, "floor": floor}
     bare = {"name": "fid", "value": 3.0}
     whole = {"seconds": 3, "figures": [{**figure, "card": card}, bare]}
-    (tmp_path / "a.json").write_text(json.dumps(whole))
-    (tmp_path / "b.json").write_text(json.dumps({"figures": [bare, {**bare, "card": {}}]}))
+    (tmp_path / "a.json").write_text(json.dumps(add_digest(whole)))
+    without = add_digest({"figures": [bare, {**bare, "card": {}}]})
+    (tmp_path / "b.json").write_text(json.dumps(without))
     ((shown,), notes) = evaluations(tmp_path)
     assert shown[:7] == (
         "a.json", "fd_200", "0.5", "0.03 ± 0.004 (5 blocks of 40)",

@@ -12,12 +12,13 @@ from cli import TINY, edit, rediffuse, run_id
 from click.testing import CliRunner
 from PIL import Image
 
-from rediffuse import cli, diagnosis, memorisation
+from rediffuse import cli, diagnosis, memorisation, overview
 from rediffuse.config.compose import compose
 from rediffuse.errors import ConfigError, RunError
-from rediffuse.gallery import Options
-from rediffuse.images import prepare
-from rediffuse.models import load
+from rediffuse.gallery import Options, opened, settled
+from rediffuse.images import of_run, prepare
+from rediffuse.models import find, load
+from rediffuse.runs import Run
 
 Ask = Callable[..., int]
 
@@ -50,7 +51,7 @@ def test_memorisation_tells_keeps_and_shows_what_it_found(
     told = capsys.readouterr().out
     assert "no alarm" in told
     assert narrow(told)
-    (folder,) = (root / run / "evaluation").glob("memorisation-*-40-0")
+    (folder,) = (root / run / "evaluation").glob("memorisation-*-3-40-*")
     facts = json.loads((folder / "report.json").read_text())
     assert facts["samples"] == 40
     assert facts["training_images"] == 216
@@ -95,6 +96,72 @@ def test_where_nothing_was_held_out_there_is_nothing_to_compare_with(
         memorisation.real(images, mirrored=False)
     with pytest.raises(ConfigError, match="no image that this run was not trained on"):
         diagnosis.unseen(images, load(trained[1], root=trained[0]), 10)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"guidance": "2"},
+    {"grid": "uniform"},
+    {"solver": "ddim eta=1"},
+    {"threshold": "dynamic_thresholding"},
+    {"seed": 1},
+    {"weights": "raw"},
+    {"class_name": "3"},
+]
+
+
+def test_a_report_has_one_name_per_setting(trained: tuple[Path, str]) -> None:
+    root, run = trained
+    found = find(run, root)
+    images, keys = of_run(found, load(run, root=root).config.data, ()), []
+    for setting in [*SETTINGS, {}]:
+        options = asked(root, 16, **{"steps": 2, "solver": "ddim"} | setting)
+        model = opened(found, options)
+        how, job = settled(model, options)
+        keys.append(memorisation.key_of(model, how, job, images))
+        for measured in ({"levels": 2}, {"levels": 3}):
+            keys.append(diagnosis.key_of(model, how, job, images, measured))
+    assert keys[-3:] == keys[:3]
+    assert len({*keys}) == 3 * len(SETTINGS)
+
+
+@pytest.mark.parametrize("ask", [memorisation.memorisation, diagnosis.diagnose])
+def test_no_report_replaces_one_of_another_guidance(
+    trained: tuple[Path, str], tmp_path: Path, ask: Ask
+) -> None:
+    root, run = trained
+    shutil.copytree(root, tmp_path / "root")
+    place = tmp_path / "root" / run / "evaluation"
+    shutil.rmtree(place, ignore_errors=True)
+    for guidance in ("1", "2"):
+        ask(run, asked(tmp_path / "root", 16, steps=2, guidance=guidance))
+    assert len([*place.glob("*/report.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("ask", "name", "result"),
+    [
+        (memorisation.memorisation, "memorisation", "no alarm, p = "),
+        (diagnosis.diagnose, "diagnosis", "12 noise levels"),
+    ],
+)
+def test_a_changed_digit_of_a_report_is_noticed(
+    trained: tuple[Path, str], tmp_path: Path, ask: Ask, name: str, result: str
+) -> None:
+    root, run = trained
+    shutil.copytree(root, tmp_path / "root")
+    here = Run(tmp_path / "root" / run)
+    shutil.rmtree(here.directory / "evaluation", ignore_errors=True)
+    ask(run, asked(tmp_path / "root", 20))
+    (file,) = (here.directory / "evaluation").glob(f"{name}-*/report.json")
+    assert result in str(overview.evaluations(here))
+    facts = json.loads(file.read_text())
+    facts["seed"] += 1
+    file.write_text(json.dumps(facts))
+    assert f"{file.parent.name}: damaged" in str(overview.evaluations(here))
+    del facts["sha256"]
+    file.write_text(json.dumps(facts))
+    assert "unverified" in str(overview.evaluations(here))
 
 
 @pytest.mark.parametrize("ask", [memorisation.memorisation, diagnosis.diagnose])

@@ -9,7 +9,7 @@ import pytest
 from cli import TINY, zygote
 from PIL import Image
 
-from rediffuse import launch, references, runs
+from rediffuse import launch, overview, references, runs
 from rediffuse import sweep as door
 from rediffuse.config.compose import compose
 from rediffuse.errors import ConfigError
@@ -19,6 +19,7 @@ from rediffuse.evaluation.figures import Figure
 from rediffuse.evaluation.measures import MEASURE
 from rediffuse.gallery import Options
 from rediffuse.judging import Cost
+from rediffuse.runs import Run
 from rediffuse.sweep import Axes, Row, front
 
 
@@ -116,6 +117,12 @@ def test_a_killed_sweep_draws_only_what_is_missing_and_finds_the_same(
     asked = Asked(allow_small_n=True, again=True)
     assert door.sweep(run, Options(root, count=40, device="cpu"), axes, asked) == 0
     assert figures(kept(root, run)) == figures(resumed)
+    (file,) = (root / run / "evaluation").glob("sweep-*/sweep.json")
+    assert f"{file.parent.name}: 4 combinations, least" in str(
+        overview.evaluations(Run(root / run))
+    )
+    file.write_text(file.read_text().replace('"evaluations": 8', '"evaluations": 7', 1))
+    assert f"{file.parent.name}: damaged" in str(overview.evaluations(Run(root / run)))
     assert "fd_classifier_40" in again.stdout
     with Image.open(next((root / run / "evaluation").glob("sweep-*/sweep.png"))) as picture:
         assert picture.width > 500

@@ -1,11 +1,12 @@
 """`rediffuse diagnose`: where a model errs, whether it knows, and how its samples come about.
 
-<run>/evaluation/diagnosis-<checkpoint>-<solver>-<steps>-<n>-<seed>/
+<run>/evaluation/diagnosis-<checkpoint>-<solver>-<steps>-<n>-<key>/
     report.json       all figures
     diagnosis.png     errors by log-SNR, and the way of samples from noise to data
+
+The key is the digest of everything that the report depends on, so that no report replaces another.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rediffuse import tables
+from rediffuse import evaluate, tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.pixels import pixel_range, to_model
 from rediffuse.data.splits import split
 from rediffuse.denoiser import Denoise
 from rediffuse.drawing import Job, Setting, Way, classes_for, states, told
 from rediffuse.errors import ConfigError, RunError
+from rediffuse.evaluation.card import digest_of
 from rediffuse.evaluation.denoising import (
     Errors,
     Gaussian,
@@ -35,6 +37,7 @@ from rediffuse.evaluation.denoising import (
     posterior_mean,
     rms,
 )
+from rediffuse.evaluation.digests import add_digest
 from rediffuse.gallery import Options, opened, wanted
 from rediffuse.images import Images, of_run
 from rediffuse.legality import check_sampling
@@ -43,6 +46,7 @@ from rediffuse.process import Prediction
 from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.randomness import Stream, normal
+from rediffuse.references import real_parts, versions
 from rediffuse.sampling import trajectory
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
@@ -83,7 +87,10 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
         gaussian = _gaussian(images, model)
         rows = by_level(models, held, gaussian, options.seed, level_count, bar.move)
     assert model.origin
+    job = _job(model, options.seed)
+    measured = {"held_out": len(held.x_0), "levels": level_count, "models": [*models]}
     facts: Facts = {
+        "key": key_of(model, how, job, images, measured),
         "run": run.id,
         "checkpoint": model.origin["checkpoint"],
         "images": len(held.x_0),
@@ -92,13 +99,27 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
         "sampling": how.model_dump(mode="json"),
         "samples": _DRAWN,
         "data_rms": rms(held.x_0),
-        "trajectory": way_of_samples(model, how, options, rms(held.x_0)),
+        "trajectory": way_of_samples(model, how, job, rms(held.x_0)),
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
-    name = f"{facts['checkpoint']}-{how.solver.name}-{how.steps}-{len(held.x_0)}-{options.seed}"
+    name = (
+        f"{facts['checkpoint']}-{how.solver.name}-{how.steps}-{facts['images']}-{facts['key'][:12]}"
+    )
     _write(run.directory / "evaluation" / f"diagnosis-{name}", facts)
     say(json_text(facts)) if as_json else _tell(facts)
     return 0
+
+
+def key_of(model: Model, how: Sampling, job: Job, images: Images, measured: Facts) -> str:
+    """Return the digest of everything that a report depends on."""
+    facts = {
+        "samples": evaluate.samples(model, how, job),
+        "measured": measured,
+        "fitted": _FITTED,
+        "real": {name: part.facts for name, part in real_parts(images).items()},
+        "versions": versions(),
+    }
+    return digest_of(facts)
 
 
 def unseen(images: Images, model: Model, count: int) -> Unseen:
@@ -157,7 +178,12 @@ def by_level(
     return found
 
 
-def way_of_samples(model: Model, how: Sampling, options: Options, data_rms: float) -> list[Facts]:
+def _job(model: Model, seed: int) -> Job:
+    numbers = tuple(range(_DRAWN))
+    return Job(numbers, classes_for(numbers, model.class_names), seed, _DRAWN)
+
+
+def way_of_samples(model: Model, how: Sampling, job: Job, data_rms: float) -> list[Facts]:
     """How large x_t, x_0 and ε are whenever the solver asks, beside what they should be.
 
     For images and noise that do not know of each other, x_t has the size √(α²·E[x_0²] + σ²).
@@ -175,8 +201,7 @@ def way_of_samples(model: Model, how: Sampling, options: Options, data_rms: floa
     def way(at: Setting, images: Tensor, fresh: Callable[[], Denoise]) -> Iterator[Tensor]:
         return trajectory(*at._replace(denoise=watching(at.denoise)))
 
-    numbers = tuple(range(_DRAWN))
-    job = Job(numbers, classes_for(numbers, model.class_names), options.seed, _DRAWN, Way(way))
+    job = replace(job, way=Way(way))
     with Progress(how.steps, "steps of samples") as bar:
         for k, _ in enumerate(states(model, how, job), 1):
             bar.move(min(k, how.steps))
@@ -249,7 +274,7 @@ def _write(folder: Path, facts: Facts) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _plot(facts, folder / "diagnosis.png")
-        write_atomically(folder / "report.json", json.dumps(facts, indent=1).encode())
+        write_atomically(folder / "report.json", json_text(add_digest(facts)).encode())
     except OSError as failed:
         raise RunError(f"{folder} cannot be written ({failed.strerror})") from None
 

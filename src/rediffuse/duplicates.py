@@ -5,7 +5,6 @@
     groups.png        a row for each of the largest groups
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rediffuse.data.packing import Packed
 from rediffuse.data.sources import AnySource, shown
 from rediffuse.data.sources.folder import Files
 from rediffuse.errors import DataError
+from rediffuse.evaluation.digests import add_digest
 from rediffuse.evaluation.duplicates import QUALITY, SHIFT, Found, Group, find, rounds
 from rediffuse.images import Images, prepare
 from rediffuse.pictures import grid, save_png
@@ -129,7 +129,7 @@ def _write(folder: Path, facts: Facts, picture: np.ndarray) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_png(picture, folder / "groups.png")
-        write_atomically(folder / "report.json", json.dumps(facts, indent=1).encode())
+        write_atomically(folder / "report.json", json_text(add_digest(facts)).encode())
     except OSError as failed:
         raise DataError(
             f"{folder} cannot be written ({failed.strerror}); name another --output-dir"

@@ -6,7 +6,6 @@ The key is the digest of everything that the figures depend on. What was evaluat
 and told again, so that whoever asks twice waits once.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from rediffuse.config.schema import Config, Sampling
 from rediffuse.drawing import Job
 from rediffuse.errors import ConfigError, RediffuseError, RunError
 from rediffuse.evaluation.card import Card, digest_of
+from rediffuse.evaluation.digests import UNVERIFIED, add_digest, read_report
 from rediffuse.evaluation.figures import Figure, short, shown_spread
 from rediffuse.evaluation.measures import INCEPTION
 from rediffuse.gallery import Options, check_equal, opened, settled
@@ -32,7 +32,6 @@ from rediffuse.likelihoods import bits, card_of
 from rediffuse.models import Model, find
 from rediffuse.processes import alone
 from rediffuse.progress import Progress
-from rediffuse.reading import read_object
 from rediffuse.references import joined, looked_at, networks, real_parts
 from rediffuse.runs import Run, locked, runs_root
 from rediffuse.session import say, send_what_is_missing
@@ -58,12 +57,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one set of images, and what they took; `key` is what they are found by again."""
+    """Figures of one set of images and their cost; `key` identifies them in the run's folder.
+
+    `verified` is False if they were read from a file that has no digest of its values.
+    """
 
     key: str
     figures: tuple[Figure, ...]
     cost: Cost | None  # of drawing, where images were drawn
     facts: dict[str, Any]
+    verified: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain data."""
@@ -72,7 +75,7 @@ class Evaluation:
         return {"key": self.key, **self.facts, "cost": cost, "figures": figures}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Evaluation":
+    def from_json(cls, told: dict[str, Any], *, verified: bool = True) -> "Evaluation":
         """Undo `as_json`.
 
         Raises:
@@ -85,7 +88,7 @@ class Evaluation:
             for name, kind in (("way", str), ("seconds", float), ("images_seen", int)):
                 if not isinstance(rest[name], kind):
                     raise TypeError(name)
-            return cls(str(key), tuple(map(Figure.from_json, figures)), spent, rest)
+            return cls(str(key), tuple(map(Figure.from_json, figures)), spent, rest, verified)
         except (KeyError, TypeError) as wrong:
             raise ValueError(f"it is not an evaluation ({wrong})") from None
 
@@ -356,21 +359,32 @@ def keep(file: Path, found: Evaluation) -> None:
     """
     try:
         file.parent.mkdir(exist_ok=True)
-        write_atomically(file, json.dumps(found.as_json(), indent=1, allow_nan=False).encode())
+        write_atomically(file, json_text(add_digest(found.as_json())).encode())
     except OSError as failed:
         raise RunError(f"{file} cannot be written ({failed.strerror})") from None
 
 
 def kept(file: Path, key: str) -> Evaluation | None:
-    """What was found before under this key; None, with a word, for what is damaged."""
+    """Read an earlier evaluation with this key; None, with a message, if its file is damaged."""
     try:
-        found = Evaluation.from_json(read_object(file))
+        found = read_evaluation(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as broken:
         note(f"{file.name} is damaged ({broken}); evaluated anew")
         return None
     return found if found.key == key else None
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """Read an evaluation; `verified` says whether its file has a digest of its values.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not an evaluation, or was changed after it was written.
+    """
+    facts, verified = read_report(file)
+    return Evaluation.from_json(facts, verified=verified)
 
 
 def record(run: Run, config: Config, found: Sequence[Evaluation]) -> None:
@@ -398,7 +412,7 @@ def show(found: Sequence[Evaluation], asked: Asked) -> None:
     """Print figures with their cards, as tables or as JSON: one object, or a list of several."""
     shown = [each.told(asked.metrics) for each in found]
     if asked.as_json:
-        told = [each.as_json() for each in shown]
+        told = [{**each.as_json(), "verified": each.verified} for each in shown]
         say(json_text(told if len(told) > 1 else told[0]))
         return
     for each in shown:
@@ -431,6 +445,7 @@ def lines(found: Evaluation) -> list[str]:
     told += [f"floor   what real images have: {what}" for what in sorted(floors)]
     told += [f"images  {line}" for line in samples] + [f"against {line}" for line in against]
     told += [f"card    {digest}{_networks(card)}" for digest, card in cards.items()]
+    told += [] if found.verified else [f"values  {UNVERIFIED}; --again measures anew"]
     return [*told, f"took    {_cost(found)}"]
 
 

@@ -1,11 +1,12 @@
 """`rediffuse memorisation`: are a run's samples copies of what it was trained on?
 
-<run>/evaluation/memorisation-<checkpoint>-<weights>-<solver>-<steps>-<n>-<seed>/
+<run>/evaluation/memorisation-<checkpoint>-<weights>-<solver>-<steps>-<n>-<key>/
     report.json       all that was found, and the rule by which it was judged
     neighbours.png    samples above their nearest training images; held-out images above theirs
+
+The key is the digest of everything that the report depends on, so that no report replaces another.
 """
 
-import json
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +16,19 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from rediffuse import tables
+from rediffuse import evaluate, tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.splits import split
 from rediffuse.drawing import Job, draw
 from rediffuse.errors import ConfigError, RunError
+from rediffuse.evaluation.card import digest_of
+from rediffuse.evaluation.digests import add_digest
 from rediffuse.evaluation.diversity import repeats, vendi
 from rediffuse.evaluation.memorisation import (
     AROUND,
     COPY,
     LEAST_SHARE,
+    LEVEL,
     SIGNIFICANCE,
     Nearness,
     Verdict,
@@ -37,6 +41,7 @@ from rediffuse.models import Model, find
 from rediffuse.pictures import Pixels, grid, save_png
 from rediffuse.processes import alone
 from rediffuse.progress import Progress
+from rediffuse.references import real_parts, versions
 from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.words import json_text
@@ -85,13 +90,29 @@ def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
     known = real(images, mirrored=model.config.data.flip)
     samples = _drawn(model, how, job)
     found = compared(samples, known)
-    facts = report(model, how, job, samples, known, found)
+    facts = {
+        "key": key_of(model, how, job, images),
+        **report(model, how, job, samples, known, found),
+    }
     assert model.origin
     at, weights = model.origin["checkpoint"], model.origin["weights"]
-    name = f"memorisation-{at}-{weights}-{how.solver.name}-{how.steps}-{count}-{options.seed}"
+    name = f"memorisation-{at}-{weights}-{how.solver.name}-{how.steps}-{count}-{facts['key'][:12]}"
     _write(run.directory / "evaluation" / name, facts, _picture(samples, known, found))
     say(json_text(facts)) if as_json else _tell(facts)
     return 0
+
+
+def key_of(model: Model, how: Sampling, job: Job, images: Images) -> str:
+    """Return the digest of everything that a report depends on."""
+    facts = {
+        "samples": evaluate.samples(model, how, job),
+        "real": {name: part.facts for name, part in real_parts(images).items()},
+        "held_out": _MOST_HELD_OUT,
+        "rule": {"around": AROUND, "level": LEVEL, "significance": SIGNIFICANCE},
+        "least_share": LEAST_SHARE,
+        "versions": versions(),
+    }
+    return digest_of(facts)
 
 
 def real(images: Images, *, mirrored: bool) -> Known:
@@ -244,7 +265,7 @@ def _write(folder: Path, facts: Facts, picture: np.ndarray) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_png(picture, folder / "neighbours.png")
-        write_atomically(folder / "report.json", json.dumps(facts, indent=1).encode())
+        write_atomically(folder / "report.json", json_text(add_digest(facts)).encode())
     except OSError as failed:
         raise RunError(f"{folder} cannot be written ({failed.strerror})") from None
 

@@ -1,7 +1,7 @@
 """What `runs` and `show` tell."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from rediffuse import drift, tables
 from rediffuse.config.compose import checked, leaves, read_yaml
 from rediffuse.errors import RediffuseError
-from rediffuse.reading import read_object
+from rediffuse.evaluation.digests import UNVERIFIED, read_report
 from rediffuse.runs import Run, last_heard, status_now
 from rediffuse.tracking.jsonl import read_metrics
 from rediffuse.training.committed import best, checkpoints
@@ -58,17 +58,51 @@ def full(run: Run) -> dict[str, Any]:
 
 
 def evaluations(run: Run) -> list[str]:
-    """What was found of a run: a file of its evaluation/ and the first figure in it, each."""
-    files = sorted((run.directory / "evaluation").glob("step-*.json"))
-    return [f"{file.stem}: {_first_figure(file)}" for file in files]
+    """One line per report in a run's evaluation/: its name, and its result or what is wrong."""
+    place = run.directory / "evaluation"
+    files = sorted(place.glob("*.json"))
+    lines = [f"{file.stem}: {_result(file, _first_figure)}" for file in files]
+    for kind, (name, result) in _REPORTS.items():
+        files = sorted(place.glob(f"{kind}-*/{name}"))
+        lines += [f"{file.parent.name}: {_result(file, result)}" for file in files]
+    return lines
 
 
-def _first_figure(file: Path) -> str:
+def _result(file: Path, result: Callable[[dict[str, Any]], str]) -> str:
+    """The main result of a report, if it is what was written."""
     try:
-        figure = read_object(file)["figures"][0]
-        return f"{str(figure['figure'])[:80]} {float(figure['value']):.4g}"
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return "damaged"
+        facts, verified = read_report(file)
+        return result(facts) + ("" if verified else f" ({UNVERIFIED})")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as broken:
+        why = str(broken) if isinstance(broken, ValueError) else "it is not a report"
+        return f"damaged ({why[:80]})"
+
+
+def _first_figure(facts: dict[str, Any]) -> str:
+    figure = facts["figures"][0]
+    return f"{str(figure['figure'])[:80]} {float(figure['value']):.4g}"
+
+
+def _of_sweep(facts: dict[str, Any]) -> str:
+    values = [float(cell["figures"][0]["value"]) for cell in facts["cells"]]
+    return f"{len(values)} combinations, least {min(values):.4g}"
+
+
+def _of_memorisation(facts: dict[str, Any]) -> str:
+    p_value = float(facts["verdict"]["p_value"])
+    return f"{'ALARM' if facts['alarm'] else 'no alarm'}, p = {p_value:.2g}"
+
+
+def _of_diagnosis(facts: dict[str, Any]) -> str:
+    return f"{len(facts['levels'])} noise levels"
+
+
+_REPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "sweep": ("sweep.json", _of_sweep),
+    "memorisation": ("report.json", _of_memorisation),
+    "diagnosis": ("report.json", _of_diagnosis),
+}
+"""The folders of an evaluation/: the file that each holds, and the function that sums it up."""
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -37,6 +37,7 @@ from rediffuse.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
+from rediffuse.evaluation.digests import UNVERIFIED
 from rediffuse.evaluation.features import Features, Seen
 from rediffuse.evaluation.inception import find_weights, inception
 from rediffuse.evaluation.local import local_features
@@ -335,7 +336,10 @@ def classifier_of(
     labels = None if train.part.labels is None or classes < 2 else train.part.labels[rows]
     with _alone_at(folder):
         with suppress(RunError):  # there is none yet, or it is damaged
-            return load_classifier(folder, device)
+            found = load_classifier(folder, device)
+            if not found.verified:
+                tell(f"{folder.name} is {UNVERIFIED}; delete {folder} to train it anew")
+            return found
         tell(f"training a classifier on {len(rows):,} {train.what} images, once; it is kept")
         count = CLASSIFIER_IMAGES or enough(len(rows))
         with Progress(count, "images learned from") as bar:

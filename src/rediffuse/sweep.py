@@ -6,7 +6,6 @@ Each combination is an evaluation like any other, kept when it is found: a sweep
 evaluates only what is missing.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from rediffuse.evaluate import (
     study_of,
 )
 from rediffuse.evaluation.card import digest_of
+from rediffuse.evaluation.digests import add_digest
 from rediffuse.evaluation.figures import Figure, shown_spread
 from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.judging import Study
@@ -285,7 +285,7 @@ def _short(value: Any) -> str:
 def _keep(place: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
-        write_atomically(place / "sweep.json", json.dumps(facts, indent=1).encode())
+        write_atomically(place / "sweep.json", json_text(add_digest(facts)).encode())
         write_atomically(place / "sweep.png", picture(rows))
     except OSError as failed:
         raise RunError(f"{place} cannot be written ({failed.strerror})") from None

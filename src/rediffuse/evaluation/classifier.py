@@ -7,7 +7,6 @@ Distances through it are comparable only with those through the same weights.
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -22,10 +21,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from rediffuse.errors import DataError, RunError
+from rediffuse.evaluation.digests import add_digest, read_report
 from rediffuse.evaluation.features import Seen
 from rediffuse.evaluation.looking import full_precision
 from rediffuse.randomness import Stream, permuted, torch_seeded, uniform, words
-from rediffuse.reading import read_bytes, read_object
+from rediffuse.reading import read_bytes
+from rediffuse.words import json_text
 
 Images = UInt8[np.ndarray, "_ channel height width"]
 Labels = Int64[np.ndarray, " _"]
@@ -40,12 +41,16 @@ _PIXELS = 14
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier as a feature network: `Features`, with the layer before the logits."""
+    """A trained classifier as a feature network: `Features`, with the layer before the logits.
+
+    `verified` is False if its facts were read from a file that has no digest of them.
+    """
 
     network: "Network"
     name: str
     digest: str
     facts: Mapping[str, Any]
+    verified: bool = True
 
     @property
     def accuracy(self) -> float:
@@ -182,7 +187,7 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write weights and, last, what is to be known of them into a folder that exists."""
     _written(folder / WEIGHTS, _serialised(classifier.network))
     facts = {"name": classifier.name, "digest": classifier.digest, **classifier.facts}
-    _written(folder / FACTS, json.dumps(facts, indent=1).encode())
+    _written(folder / FACTS, json_text(add_digest(facts)).encode())
 
 
 def load_classifier(folder: Path, device: str | torch.device = "cpu") -> Classifier:
@@ -194,7 +199,7 @@ def load_classifier(folder: Path, device: str | torch.device = "cpu") -> Classif
     from safetensors.torch import load
 
     try:
-        facts = read_object(folder / FACTS)
+        facts, verified = read_report(folder / FACTS)
         weights = read_bytes(folder / WEIGHTS, _MOST_BYTES)
         name, digest = facts.pop("name"), facts.pop("digest")
         if _digest(weights) != digest:
@@ -204,7 +209,7 @@ def load_classifier(folder: Path, device: str | torch.device = "cpu") -> Classif
         network.load_state_dict(load(weights))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as broken:
         raise RunError(f"{folder} holds no usable classifier ({broken}); delete it") from None
-    return Classifier(_fixed(network.to(device)), name, digest, facts)
+    return Classifier(_fixed(network.to(device)), name, digest, facts, verified)
 
 
 def _classifier(network: "Network", facts: Mapping[str, Any]) -> Classifier:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rediffuse.config.compose import leaves
-from rediffuse.reading import read_object
+from rediffuse.evaluation.digests import UNVERIFIED, read_report
 from rediffuse.report.page import told
 
 
@@ -32,12 +32,15 @@ def evaluations(folder: Path) -> tuple[list[Figure], list[str]]:
     notes = []
     for file in sorted(folder.glob("*.json")):
         try:
-            figures = [_figure(file.name, of) for of in _figures(read_object(file))]
+            facts, verified = read_report(file)
+            figures = [_figure(file.name, of) for of in _figures(facts)]
         except (OSError, ValueError) as broken:
             why = getattr(broken, "strerror", None) or broken
             notes.append(f"{file.name} cannot be read: {why}.")
             continue
         found += figures
+        if figures and not verified:
+            notes.append(f"{file.name} is {UNVERIFIED}.")
         if not figures:
             notes.append(f"{file.name} has no figure with its card, so nothing of it is shown.")
     return found, notes
