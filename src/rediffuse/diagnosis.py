@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rediffuse import evaluate, tables
+from rediffuse import judging, tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.pixels import pixel_range, to_model
 from rediffuse.data.splits import split
@@ -113,7 +113,7 @@ def diagnose(word: str, options: Options, *, level_count: int = 12, as_json: boo
 def key_of(model: Model, how: Sampling, job: Job, images: Images, measured: Facts) -> str:
     """Return the digest of everything that a report depends on."""
     facts = {
-        "samples": evaluate.samples(model, how, job),
+        "samples": judging.samples(model, how, job),
         "measured": measured,
         "fitted": _FITTED,
         "real": {name: part.facts for name, part in real_parts(images).items()},

@@ -20,14 +20,14 @@ from rediffuse import tables
 from rediffuse.config.schema import Config, Sampling
 from rediffuse.drawing import Job
 from rediffuse.errors import ConfigError, RediffuseError, RunError
-from rediffuse.evaluation.card import Card, digest_of
+from rediffuse.evaluation.card import Card
 from rediffuse.evaluation.digests import UNVERIFIED, add_digest, read_report
 from rediffuse.evaluation.figures import Figure, short, shown_spread
 from rediffuse.evaluation.measures import INCEPTION
 from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.given import pair
 from rediffuse.images import of_run
-from rediffuse.judging import Cost, Study, drawn
+from rediffuse.judging import Cost, Study, drawn, samples
 from rediffuse.likelihoods import bits, card_of
 from rediffuse.models import Model, find
 from rediffuse.processes import alone
@@ -302,45 +302,6 @@ def _facts(model: Model, way: str, began: float) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 3),
     }
-
-
-def samples(model: Model, how: Sampling, job: Job) -> dict[str, Any]:
-    """What a card says of drawn images: all that they depend on."""
-    assert model.origin
-    config, numbers, classes = model.config, _numbers(job.images), _classes(model, job)
-    scale = how.guidance.arguments.get("scale", 1)
-    return {
-        "told": f"{numbers} of seed {job.seed}, {classes}, drawn by {how.solver.name} in "
-        f"{how.steps} steps, guidance {scale:g}, from {model.origin['weights']} weights of "
-        f"{model.origin['checkpoint']} of run {model.origin['run'][:8]}",
-        **model.origin,
-        "sampling": how.model_dump(mode="json"),
-        "seed": job.seed,
-        "images": numbers,
-        "classes": classes,
-        "weaker": job.weaker.origin if job.weaker else None,
-        "precision": str(model.precision).removeprefix("torch."),
-        "compiled": model.compiled,
-        "determinism": config.determinism,
-        "device": model.device.type,
-        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
-    }
-
-
-def _numbers(images: Sequence[int]) -> str:
-    """Image numbers in one word: a range where they are one, else a digest of them."""
-    if list(images) == list(range(images[0], images[0] + len(images))):
-        return f"images {images[0]}-{images[-1]}"
-    return f"{len(images)} images {digest_of(list(images))}"
-
-
-def _classes(model: Model, job: Job) -> str:
-    """How labels are distributed: those in turn give a lower distance than random ones."""
-    if job.classes is None:
-        return "without classes"
-    if len({*job.classes}) == 1:
-        return f"all of class {model.class_names[job.classes[0]]}"
-    return f"{len(model.class_names)} classes in turn"
 
 
 # Kept in the run

@@ -20,7 +20,7 @@ from rediffuse.config.schema import Sampling
 from rediffuse.data.ahead import ahead
 from rediffuse.drawing import Job, batch_that_fits, classes_for, draw, multiple, share
 from rediffuse.errors import ConfigError
-from rediffuse.evaluation.card import Card, Facts
+from rediffuse.evaluation.card import Card, Facts, digest_of
 from rediffuse.evaluation.classifier import Labels, classification_accuracy_score, enough
 from rediffuse.evaluation.features import Features, Seen
 from rediffuse.evaluation.figures import Figure, Floor, spread_of, with_n
@@ -155,6 +155,45 @@ def drawn(
     )
     held = [pixels for one in everyones for pixels in one.held]
     return Drawn(seen, cost, np.concatenate(held) if keep_pixels else None)
+
+
+def samples(model: Model, how: Sampling, job: Job) -> dict[str, Any]:
+    """What a card says of drawn images: all that they depend on."""
+    assert model.origin
+    config, numbers, classes = model.config, _numbers(job.images), _classes(model, job)
+    scale = how.guidance.arguments.get("scale", 1)
+    return {
+        "told": f"{numbers} of seed {job.seed}, {classes}, drawn by {how.solver.name} in "
+        f"{how.steps} steps, guidance {scale:g}, from {model.origin['weights']} weights of "
+        f"{model.origin['checkpoint']} of run {model.origin['run'][:8]}",
+        **model.origin,
+        "sampling": how.model_dump(mode="json"),
+        "seed": job.seed,
+        "images": numbers,
+        "classes": classes,
+        "weaker": job.weaker.origin if job.weaker else None,
+        "precision": str(model.precision).removeprefix("torch."),
+        "compiled": model.compiled,
+        "determinism": config.determinism,
+        "device": model.device.type,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+    }
+
+
+def _numbers(images: Sequence[int]) -> str:
+    """Image numbers in one word: a range where they are one, else a digest of them."""
+    if list(images) == list(range(images[0], images[0] + len(images))):
+        return f"images {images[0]}-{images[-1]}"
+    return f"{len(images)} images {digest_of(list(images))}"
+
+
+def _classes(model: Model, job: Job) -> str:
+    """How labels are distributed: those in turn give a lower distance than random ones."""
+    if job.classes is None:
+        return "without classes"
+    if len({*job.classes}) == 1:
+        return f"all of class {model.class_names[job.classes[0]]}"
+    return f"{len(model.class_names)} classes in turn"
 
 
 def _clocked(model: Model) -> tuple[Model, Clock]:

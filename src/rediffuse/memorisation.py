@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from rediffuse import evaluate, tables
+from rediffuse import judging, tables
 from rediffuse.config.schema import Sampling
 from rediffuse.data.splits import split
 from rediffuse.drawing import Job, draw
@@ -105,7 +105,7 @@ def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
 def key_of(model: Model, how: Sampling, job: Job, images: Images) -> str:
     """Return the digest of everything that a report depends on."""
     facts = {
-        "samples": evaluate.samples(model, how, job),
+        "samples": judging.samples(model, how, job),
         "real": {name: part.facts for name, part in real_parts(images).items()},
         "held_out": _MOST_HELD_OUT,
         "rule": {"around": AROUND, "level": LEVEL, "significance": SIGNIFICANCE},

@@ -31,14 +31,13 @@ from rediffuse.evaluate import (
     note,
     print_table,
     record,
-    samples,
     study_of,
 )
 from rediffuse.evaluation.card import digest_of
 from rediffuse.evaluation.digests import add_digest
 from rediffuse.evaluation.figures import Figure, shown_spread
 from rediffuse.gallery import Options, check_equal, opened, settled
-from rediffuse.judging import Study
+from rediffuse.judging import Study, samples
 from rediffuse.models import Model, find
 from rediffuse.runs import Run
 from rediffuse.session import say
