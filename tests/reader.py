@@ -59,7 +59,7 @@ HASTE = """
 import rediffuse.judging, rediffuse.plan, rediffuse.references
 rediffuse.plan.MEASURED_S = 0.0
 rediffuse.references.CLASSIFIER_IMAGES = 640
-rediffuse.judging.MEASURE |= {"kernel_subsets": 3, "kernel_subsets_of_a_block": 2}
+rediffuse.judging.MEASURE |= {"kernel_subsets": 3}
 """
 INSTALLING = ("pip install uv", "uv sync", "source .venv/bin/activate")
 """What continuous integration has done before it comes to the tests; nothing else is left out."""

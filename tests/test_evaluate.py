@@ -25,10 +25,15 @@ from rediffuse.errors import ConfigError, DataError, RunError
 from rediffuse.evaluate import Asked, Evaluation
 from rediffuse.evaluation.card import Card
 from rediffuse.evaluation.digests import add_digest, check_digest
-from rediffuse.evaluation.figures import Figure, Floor, Spread, with_n
+from rediffuse.evaluation.features import Seen
+from rediffuse.evaluation.figures import Figure, Floor, with_n
 from rediffuse.evaluation.measures import MEASURE
 from rediffuse.gallery import Options
-from rediffuse.judging import in_chunks, rows_of_classes
+from rediffuse.images import of_run
+from rediffuse.judging import Study, in_chunks, rows_of_classes
+from rediffuse.models import load
+from rediffuse.randomness import Stream, normal
+from rediffuse.references import Real
 from rediffuse.report.evaluations import evaluations
 from rediffuse.tracking.jsonl import append_metrics, read_metrics
 from rediffuse.training import committed
@@ -61,7 +66,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def little_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "CLASSIFIER_IMAGES", 640)
     monkeypatch.setitem(MEASURE, "kernel_subsets", 3)
-    monkeypatch.setitem(MEASURE, "kernel_subsets_of_a_block", 2)
 
 
 def evaluated(trained: tuple[Path, str], **how: Any) -> Evaluation:
@@ -81,15 +85,15 @@ CARD = Card(
     {"told": "drawn", "sampling": {"solver": {"name": "heun"}, "steps": 18}, "seed": 0},
     {"told": "train", "fingerprint": "ab", "images": 57_000},
     {"classifier": {"digest": "cd", "resize": "none"}},
-    {"blocks": 5},
+    {"jackknife_groups": 20},
     {"torch": "2"},
 )
 FIGURE = Figure(
     "fd_classifier",
     3.25,
     CARD,
-    spread=Spread(5, 2000, 4.5, 0.25),
-    floor=Floor(1.5, 10_000, "test against train"),
+    standard_error=0.25,
+    floor=Floor(1.5, 10_000, "test against train", 0.125),
 )
 
 
@@ -168,6 +172,71 @@ def test_a_floor_takes_the_first_real_images_with_as_many_of_each_class() -> Non
     assert rows.tolist() == [0, 2, 3, 5]
     assert rows_of_classes(labels, torch.tensor([0, 0, 0, 0])) is None  # there are but three
     assert rows_of_classes(None, classes) is rows_of_classes(labels, None) is None
+
+
+class Projections:
+    """Six fixed projections of the pixels: features that need no training."""
+
+    name, digest = "projections", "0"
+    facts: dict[str, Any] = {}  # noqa: RUF012  # as the protocol has it
+
+    def __call__(self, pixels: torch.Tensor) -> Seen:
+        x = pixels.flatten(1).float() / 255
+        directions = normal(0, Stream.EVALUATION, torch.arange(6), (x.shape[1],))
+        return Seen(x @ directions.T)
+
+
+def digits_study(trained: tuple[Path, str], sizes: dict[str, int]) -> tuple[Study, list[Real]]:
+    """A study of digits against `train`, and the digits in parts of these sizes."""
+    root, run = trained
+    found = runs.find_run(root, run)
+    packed = of_run(found, load(run, root=root).config.data, ()).packed
+    every, parts, start = references.whole(packed, "train"), [], 0
+    for name, size in sizes.items():
+        parts.append(every.some(slice(start, start + size), name))
+        start += size
+    known = {part.what: part for part in parts if part.what != "fresh"}
+    return Study(root, known, "train", [Projections()], lambda line: None), parts
+
+
+def test_a_floor_is_of_as_many_images_against_as_many_or_there_is_none(
+    trained: tuple[Path, str],
+) -> None:
+    """Also where halves of what is held against would be large enough: they are other sizes."""
+    study, _ = digits_study(trained, {"train": 900, "held-out": 250, "test": 150})
+    for n, what in ((250, "held-out"), (400, "held-out and test")):
+        floors = study._floors_at(study.networks[0], n, None)
+        assert floors["fd_projections"].n == n
+        assert floors["fd_projections"].what == f"{what} images against 900 train ones"
+        assert study.no_floor(n, None) is None
+    for n, classes in ((401, None), (60, torch.zeros(60, dtype=torch.long))):
+        assert study._floors_at(study.networks[0], n, classes) == {}
+        assert f"it takes {n} real images" in str(study.no_floor(n, classes))
+        assert "there are 250 held-out, 150 test" in str(study.no_floor(n, classes))
+
+
+def test_a_perfect_model_is_at_its_floor(trained: tuple[Path, str]) -> None:
+    """Real images that nobody has seen score what the floor says, within the standard errors."""
+    study, parts = digits_study(trained, {"train": 900, "held-out": 400, "fresh": 400})
+    fresh = Projections()(torch.from_numpy(parts[-1].part.images[parts[-1].rows]))
+    figures = study.figures({"projections": fresh}, study.card(400, {"told": "fresh"}))
+    assert {figure.name for figure in figures} >= {"fd_projections", "kd_projections"}
+    for figure in figures:
+        assert figure.floor
+        assert figure.standard_error
+        assert figure.floor.standard_error
+        apart = abs(figure.value - figure.floor.value)
+        assert apart < 3.5 * math.hypot(figure.standard_error, figure.floor.standard_error)
+
+
+def test_an_evaluation_without_a_floor_says_why(
+    trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluated(trained, seed=11, class_name="3", count=400)
+    told = " ".join(capsys.readouterr().out.split())
+    assert not any(figure.floor for figure in found.figures)
+    assert "floor none: it takes 400 real images, as many of each class" in told
+    assert "± standard error over samples of the same model, at this n" in told
 
 
 def test_an_evaluation_tells_the_same_whatever_the_batch_size(trained: tuple[Path, str]) -> None:

@@ -3,6 +3,8 @@
 The libraries take seconds to import, so that only the tests that ask them do.
 """
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -13,12 +15,14 @@ from rediffuse.evaluation import manifold as manifolds
 from rediffuse.evaluation import mifid
 from rediffuse.evaluation.agreement import class_agreement
 from rediffuse.evaluation.colour import channel_statistics, histogram, histogram_distance
-from rediffuse.evaluation.frechet import frechet_distance
+from rediffuse.evaluation.frechet import frechet_distance, frechet_distances
 from rediffuse.evaluation.inception_score import inception_score
+from rediffuse.evaluation.jackknife import GROUPS, groups_of, standard_error
 from rediffuse.evaluation.kernel import kernel_distance, squared_mmd, subset
-from rediffuse.evaluation.manifold import manifold
+from rediffuse.evaluation.manifold import manifold, manifold_without
 from rediffuse.evaluation.mifid import memorization_distance, memorization_informed
-from rediffuse.evaluation.moments import Moments, merge, merged, moments
+from rediffuse.evaluation.moments import Moments, merge, merged, moments, moments_without
+from rediffuse.randomness import Stream, normal
 
 
 def drawn(seed: int, count: int, features: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -261,3 +265,88 @@ def test_histogram_distance_is_how_far_levels_move():
     assert histogram_distance(3 * histogram(x), histogram(x)).abs().max() < 1e-12
     shifted = histogram_distance(histogram(y), histogram(y + 9))
     torch.testing.assert_close(shifted, torch.full((3,), 9.0).double())
+
+
+# Standard errors: the jackknife
+
+
+def gaussian(count: int, features: int, seed: int) -> Tensor:
+    return normal(seed, Stream.EVALUATION, torch.arange(count), (features,))
+
+
+def without(x: Tensor, group: Tensor) -> list[Tensor]:
+    return [x[group != number] for number in range(GROUPS)]
+
+
+def test_leaving_a_group_out_is_measuring_the_rest():
+    """Every shortcut of the jackknife, against the figure computed anew."""
+    real, fake, k = gaussian(90, 4, seed=1), 1.2 * gaussian(110, 4, seed=2), GROUPS
+    fake[7:9] = fake[6]  # equal ones
+    group = groups_of(len(fake))
+    assert group is not None
+    rest = without(fake, group)
+    for found, x in zip(moments_without(fake, group), rest, strict=True):
+        assert found.n == len(x)
+        torch.testing.assert_close(found.mean, moments(x).mean)
+        torch.testing.assert_close(found.covariance, moments(x).covariance)
+    direct = [frechet_distance(moments(x), moments(real)) for x in rest]
+    shortcut = frechet_distances(moments_without(fake, group), moments(real))
+    assert [*shortcut] == pytest.approx(direct)
+    found = kernel_distance(fake, real, 0, subsets=1, size=90, group=group)
+    rows, others = subset(110, 90, 0, 0), subset(90, 90, 0, 1)
+    direct = [squared_mmd(fake[rows][group[rows] != n], real[others]) for n in range(k)]
+    assert found.standard_error == pytest.approx(standard_error(direct))
+    assert manifold_without(real, fake, group) == [pytest.approx(manifold(real, x)) for x in rest]
+    logits = 3 * gaussian(110, 5, seed=3)
+    found = inception_score(logits, 0, splits=1, group=group)
+    direct = [inception_score(x, 0, splits=1).mean for x in without(logits, group)]
+    assert found.standard_error == pytest.approx(standard_error(direct))
+
+
+def test_groups_have_equal_shares_of_every_class_whatever_the_order():
+    for classes in (torch.arange(400) % 10, torch.arange(400) // 40, None):
+        group = groups_of(400, classes)
+        assert group is not None
+        assert group.bincount().tolist() == [20] * GROUPS
+        if classes is not None:
+            assert (classes * GROUPS + group).bincount().tolist() == [2] * 10 * GROUPS
+    assert groups_of(2 * GROUPS - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("shift", "least", "most"),
+    [
+        (0.0, 1.0, 2.6),  # between equal distributions the jackknife's variance is twice the true
+        (0.7, 0.7, 1.4),
+    ],
+)
+def test_standard_errors_are_those_of_drawing_again_at_this_n(shift, least, most):
+    """Of 100 draws of n images of one model against one reference, and never less on average."""
+    reference = gaussian(300, 3, seed=99)
+    real, drawn = moments(reference), range(100)
+    values: dict[str, list[tuple[float, float]]] = {"fd": [], "kd": []}
+    for seed in drawn:
+        x = gaussian(100, 3, seed=seed) + shift
+        group = groups_of(len(x))
+        assert group is not None
+        each = frechet_distances(chain([moments(x)], moments_without(x, group)), real)
+        whole, *parts = each
+        values["fd"].append((whole, standard_error(parts)))
+        kernel = kernel_distance(x, reference, 0, subsets=2, size=100, group=group)
+        assert kernel.standard_error is not None
+        values["kd"].append((kernel.mean, kernel.standard_error))
+    for found in values.values():
+        value, error = torch.tensor(found, dtype=torch.float64).T
+        assert least <= error.square().mean() / value.var() <= most
+
+
+def test_the_deviation_over_subsets_is_no_error_of_few_samples():
+    """All subsets of n <= 1000 samples are the same samples, whose chance is not in it."""
+    reference = gaussian(300, 3, seed=99)
+    found = []
+    for seed in range(30):
+        x = gaussian(100, 3, seed=seed) + 0.7
+        found.append(kernel_distance(x, reference, 0, subsets=4, size=100, group=groups_of(100)))
+    deviation = torch.tensor([one.mean for one in found]).std()
+    assert deviation > 1.5 * np.mean([one.sd for one in found])
+    assert deviation == pytest.approx(np.mean([one.standard_error for one in found]), rel=0.3)

@@ -307,9 +307,9 @@ def test_the_timeline_has_the_first_rows_of_the_previews_pixel_by_pixel(trained)
 
 def test_figures_of_evaluations_are_shown_with_their_cards_and_no_others(tmp_path):
     card = {"digest": "d1", "n": 200, "samples": {"told": "images 0-199"}}
-    spread = {"blocks": 5, "n": 40, "mean": 0.03, "sd": 0.004}
-    floor = {"value": 0.0065, "n": 200, "what": "test against train"}
-    figure = {"figure": "fd_200", "name": "fd", "value": 0.5, "spread": spread, "floor": floor}
+    floor = {"value": 0.0065, "n": 200, "what": "test against train", "standard_error": 0.001}
+    figure = {"figure": "fd_200", "name": "fd", "value": 0.5, "standard_error": 0.02}
+    figure |= {"floor": floor}
     bare = {"name": "fid", "value": 3.0}
     whole = {"seconds": 3, "figures": [{**figure, "card": card}, bare]}
     (tmp_path / "a.json").write_text(json.dumps(add_digest(whole)))
@@ -317,8 +317,8 @@ def test_figures_of_evaluations_are_shown_with_their_cards_and_no_others(tmp_pat
     (tmp_path / "b.json").write_text(json.dumps(without))
     ((shown,), notes) = evaluations(tmp_path)
     assert shown[:7] == (
-        "a.json", "fd_200", "0.5", "0.03 ± 0.004 (5 blocks of 40)",
-        "0.0065 (test against train)", "d1", "images 0-199",
+        "a.json", "fd_200", "0.5", " ± 0.02",
+        "0.0065 ± 0.001 (test against train)", "d1", "images 0-199",
     )  # fmt: skip
     assert shown.card["n"] == "200"
     assert notes == ["b.json has no figure with its card, so nothing of it is shown."]

@@ -35,7 +35,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def little_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "CLASSIFIER_IMAGES", 640)
     monkeypatch.setitem(MEASURE, "kernel_subsets", 3)
-    monkeypatch.setitem(MEASURE, "kernel_subsets_of_a_block", 2)
 
 
 def row(evaluations: float, value: float) -> Row:
@@ -86,7 +85,7 @@ LITTLE = """
 from rediffuse import references
 from rediffuse.evaluation import measures
 references.CLASSIFIER_IMAGES = 640
-measures.MEASURE |= {"kernel_subsets": 3, "kernel_subsets_of_a_block": 2}
+measures.MEASURE |= {"kernel_subsets": 3}
 """
 
 

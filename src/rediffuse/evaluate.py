@@ -22,7 +22,7 @@ from rediffuse.drawing import Job
 from rediffuse.errors import ConfigError, RediffuseError, RunError
 from rediffuse.evaluation.card import Card
 from rediffuse.evaluation.digests import UNVERIFIED, add_digest, read_report
-from rediffuse.evaluation.figures import Figure, short, shown_spread
+from rediffuse.evaluation.figures import Figure, short, shown
 from rediffuse.evaluation.measures import INCEPTION
 from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.given import pair
@@ -154,9 +154,12 @@ def evaluate_given(
         study.check(len(sample))
     card = study.card(len(sample), sample.facts)
     seen = {f.name: joined(looked_at(sample.chunks(), f)) for f in looking}
-    figures = tuple(study.figures(seen, card, study.classes_of(sample)))
-    seconds = time.perf_counter() - began
-    show([Evaluation(card.digest, figures, None, {"seconds": seconds})], asked)
+    classes = study.classes_of(sample)
+    figures = tuple(study.figures(seen, card, classes))
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - began}
+    if (why := study.no_floor(len(sample), classes)) is not None:
+        facts["no_floor"] = why
+    show([Evaluation(card.digest, figures, None, facts)], asked)
     return 0
 
 
@@ -266,6 +269,8 @@ def judged(
     others = (f"seed{job.seed}" * (job.seed != 0), study.against.what.replace("train", ""))
     way = "-".join(filter(None, (how.solver.name, str(how.steps), f"g{scale:g}", *others)))
     facts = _facts(model, way, began)
+    if (why := study.no_floor(count, classes)) is not None:
+        facts["no_floor"] = why
     found = Evaluation(card.digest, figures, done.cost, facts)
     if devices.is_main:
         keep(file, found)
@@ -377,17 +382,14 @@ def show(found: Sequence[Evaluation], asked: Asked) -> None:
         say(json_text(told if len(told) > 1 else told[0]))
         return
     for each in shown:
-        print_table(("figure", "value", "blocks", "floor"), map(cells, each.figures))
+        print_table(("figure", "value", "floor"), map(cells, each.figures))
         for line in lines(each):
             tables.hanging(line, 8)
 
 
-def cells(figure: Figure) -> tuple[str, str, str, str]:
-    """A figure in a table: name, value, what blocks of it say, and its floor."""
-    own = f" ± {figure.sd:.2g}" if figure.sd is not None else ""
-    spread = shown_spread(figure.spread) if figure.spread else ""
-    floor = f"{figure.floor.value:.3g}" if figure.floor else ""
-    return figure.full_name, f"{figure.value:.4g}{own}", spread, floor
+def cells(figure: Figure) -> tuple[str, str, str]:
+    """A figure in a table: name, value and floor, both with their standard errors."""
+    return figure.full_name, shown(figure), shown(figure.floor) if figure.floor else ""
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -396,13 +398,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def lines(found: Evaluation) -> list[str]:
-    """What stands below figures: blocks, floors, every card that they have, and what it took."""
+    """What stands below figures: what ± and floor mean, every card, and what it took."""
     cards = {figure.card.digest: figure.card for figure in found.figures}
     samples = {card.samples["told"]: None for card in cards.values()}
     against = {card.reference["told"]: None for card in cards.values()}
     floors = {f"{f.floor.n:,} {f.floor.what}" for f in found.figures if f.floor}
-    spreads = {(f.spread.blocks, f.spread.n) for f in found.figures if f.spread}
-    told = [f"blocks  {blocks} of {n:,} images each: mean ± sd" for blocks, n in spreads]
+    told = []
+    if any(f.standard_error is not None for f in found.figures):
+        told = ["±       standard error over samples of the same model, at this n"]
+    if why := found.facts.get("no_floor"):
+        told += [f"floor   none: {why}"]
     told += [f"floor   what real images have: {what}" for what in sorted(floors)]
     told += [f"images  {line}" for line in samples] + [f"against {line}" for line in against]
     told += [f"card    {digest}{_networks(card)}" for digest, card in cards.items()]

@@ -23,11 +23,10 @@ from rediffuse.errors import ConfigError
 from rediffuse.evaluation.card import Card, Facts, digest_of
 from rediffuse.evaluation.classifier import Labels, classification_accuracy_score, enough
 from rediffuse.evaluation.features import Features, Seen
-from rediffuse.evaluation.figures import Figure, Floor, spread_of, with_n
+from rediffuse.evaluation.figures import Figure, Floor, with_n
 from rediffuse.evaluation.frechet import frechet_distance
 from rediffuse.evaluation.looking import full_precision
 from rediffuse.evaluation.measures import (
-    BLOCKS,
     COLOUR,
     INCEPTION,
     MEASURE,
@@ -241,10 +240,9 @@ def in_chunks(batches: Iterable[Pixels], size: int) -> Iterator[Pixels]:
 class Study:
     """The networks that look, and what they saw of real images; asked for once and remembered.
 
-    `against` names the part that images are held against. A floor comes of images that no network
-    was trained on where there are enough of them, else of two disjoint halves; of each class it has
-    as many as the images that it stands beside, since a distance is lower for classes in turn than
-    for random ones.
+    `against` names the part that images are held against. A floor is the same figure of as many
+    real images, with as many of each class, against the same reference: of images that were neither
+    trained on nor are held against. Where there are too few of them, there is no floor.
     """
 
     def __init__(
@@ -314,24 +312,13 @@ class Study:
         for features in self.networks:
             reference, name = self.reference(features, self.against), features.name
             sample = Sample(seen[name], classes)
-            many, few = MEASURE["kernel_subsets"], MEASURE["kernel_subsets_of_a_block"]
-            trained = self._trained_on(features)
-            whole = measured(name, sample, reference, many, trained)
-            blocks = sample.blocks(BLOCKS)
-            each = [measured(name, block, reference, few, trained) for block in blocks]
+            values = measured(name, sample, reference, self._trained_on(features))
             floors = self._floors_at(features, card.n, classes)
-            for figure, value in whole.items():
-                parts = [values[figure] for values in each if figure in values]
+            for figure, value in values.items():
                 mine = card.through(*({name} - {COLOUR})).of(value.n or card.n)
+                floor = floors.get(figure)
                 found.append(
-                    Figure(
-                        figure,
-                        value.value,
-                        mine,
-                        value.sd,
-                        spread_of([part.value for part in parts], card.n // BLOCKS),
-                        floors.get(figure),
-                    )
+                    Figure(figure, value.value, mine, value.standard_error, floor, value.sd)
                 )
         return found
 
@@ -361,15 +348,18 @@ class Study:
         assert test.labels is not None
         several = len(train.packed.class_names)
         images, labels = test.part.images[test.rows], test.labels.numpy()
-        count = min(card.n, len(train))
-        learned = [
-            (pixels, classes.numpy()),
-            (train.part.images[train.rows[:count]], train.labels[:count].numpy()),
-        ]
-        self._tell(f"training a classifier on {card.n:,} samples, and one on {count:,} real images")
-        score, real = (_score(x, y, images, labels, several) for x, y in learned)
+        learned = [(pixels, classes.numpy())]
+        rows = rows_of_classes(train.labels, classes)
+        if rows is not None:
+            learned.append((train.part.images[train.rows[rows]], train.labels[rows].numpy()))
+        self._tell(
+            f"training {'two classifiers' if learned[1:] else 'a classifier'} on {card.n:,} "
+            f"samples{' and on as many real images' if learned[1:] else ''}"
+        )
+        score, *real = (_score(x, y, images, labels, several) for x, y in learned)
         what = f"train images teach, {len(test):,} {test.what} ones test"
-        return Figure("cas", score, card.through(), floor=Floor(real, count, what))
+        floor = Floor(real[0], card.n, what) if real else None
+        return Figure("cas", score, card.through(), floor=floor)
 
     def check_accuracy_score(self, with_classes: bool) -> None:
         """Refuse what has no classes, or no image to test with.
@@ -394,22 +384,67 @@ class Study:
             return None
         return self.reference(features, self._parts["train"])
 
+    def no_floor(self, n: int, classes: Tensor | None) -> str | None:
+        """Why figures of n images of these classes have no floor; None if they have one."""
+        if self._real_sample(n, classes) is not None:
+            return None
+        alike = "" if classes is None else ", as many of each class as are judged,"
+        there = ", ".join(f"{len(part):,} {part.what}" for part in self._others()) or "0"
+        return (
+            f"it takes {n:,} real images{alike} that are neither trained on nor held against; "
+            f"there are {there}"
+        )
+
     def _floors_at(self, features: Features, n: int, classes: Tensor | None) -> dict[str, Floor]:
+        """The figures of as many real images, of the same classes, against the same reference."""
         key = (features.name, n, () if classes is None else tuple(classes.bincount().tolist()))
         if key not in self._floors:
-            real, against, told = self._apart(n)
-            alike = rows_of_classes(real.labels, classes)
-            chosen = torch.arange(min(n, len(real), KEPT)) if alike is None else alike
-            if alike is not None:
-                told = f"{told}, as many of each class"
-            sample = self._of_real(features, real, chosen)
-            reference, many = self.reference(features, against), MEASURE["kernel_subsets"]
-            values = measured(features.name, sample, reference, many, self._trained_on(features))
-            self._floors[key] = {
-                name: Floor(value.value, value.n or len(sample), told)
-                for name, value in values.items()
-            }
+            chosen, self._floors[key] = self._real_sample(n, classes), {}
+            if chosen is not None:
+                seen = [self._of_real(features, part, rows) for part, rows in chosen]
+                labels = [one.classes for one in seen if one.classes is not None]
+                sample = Sample(
+                    joined(one.seen for one in seen), torch.cat(labels) if labels else None
+                )
+                reference, trained = (
+                    self.reference(features, self.against),
+                    self._trained_on(features),
+                )
+                names = " and ".join(part.what for part, _ in chosen)
+                told = f"{names} images against {len(self.against):,} {self.against.what} ones"
+                told += "" if classes is None else ", as many of each class"
+                self._floors[key] = {
+                    name: Floor(value.value, value.n or n, told, value.standard_error)
+                    for name, value in measured(features.name, sample, reference, trained).items()
+                }
         return self._floors[key]
+
+    def _others(self) -> list[Real]:
+        """Real images that are neither trained on nor held against, the largest part first."""
+        parts = [p for name, p in self._parts.items() if p is not self.against and name != "train"]
+        return sorted(parts, key=len, reverse=True)
+
+    def _real_sample(self, n: int, classes: Tensor | None) -> list[tuple[Real, Tensor]] | None:
+        """n real images with as many of each class, as rows of few parts; None if there are fewer.
+
+        A distance depends on the number of images on both sides and on how classes are mixed, so
+        that fewer images, or others, have another floor.
+        """
+        parts = self._others()
+        for count in range(1, len(parts) + 1):
+            some = parts[:count]
+            sizes = [min(len(part), KEPT) for part in some]
+            rows = torch.arange(n) if classes is None and sum(sizes) >= n else None
+            labels = [part.labels[:KEPT] for part in some if part.labels is not None]
+            if classes is not None and len(labels) == count:
+                rows = rows_of_classes(torch.cat(labels), classes)
+            if rows is not None:
+                ends = torch.tensor(sizes).cumsum(0)
+                of = torch.bucketize(rows, ends, right=True)
+                starts = ends - torch.tensor(sizes)
+                pieces = [(part, rows[of == k] - starts[k]) for k, part in enumerate(some)]
+                return [(part, mine) for part, mine in pieces if len(mine)]
+        return None
 
     def _of_real(self, features: Features, real: Real, rows: Tensor) -> Sample:
         """What a network saw of some; counts of colours are not kept, as they are quick."""
@@ -417,21 +452,6 @@ class Study:
             some = real.some(rows.numpy(), real.what)
             return Sample(joined(looked_at(some.chunks(), features)), some.labels)
         return Sample(self.reference(features, real).seen, real.labels).rows(rows)
-
-    def _apart(self, n: int) -> tuple[Real, Real, str]:
-        """Two disjoint sets of real images, of which the first has n, or as many as can be."""
-        half, what = len(self.against) // 2, self.against.what
-        unseen = [p for name, p in self._parts.items() if p is not self.against and name != "train"]
-        most = max(unseen, key=len, default=None)
-        if most is not None and len(most) >= min(n, half):
-            return (
-                most,
-                self.against,
-                f"{most.what} images against {len(self.against):,} {what} ones",
-            )
-        first = self.against.some(slice(min(n, half)), f"{what}, first {min(n, half)}")
-        rest = self.against.some(slice(min(n, half), None), f"{what}, all but {min(n, half)}")
-        return first, rest, f"{what} images against the other {len(rest):,}"
 
 
 def rows_of_classes(
@@ -441,7 +461,7 @@ def rows_of_classes(
     if labels is None or classes is None:
         return None
     found = [
-        (labels[:KEPT] == number).nonzero().flatten()[:count]
+        (labels == number).nonzero().flatten()[:count]
         for number, count in enumerate(classes.bincount())
     ]
     rows = torch.cat(found)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from rediffuse.data.pixels import pixel_range, to_model
 from rediffuse.evaluation.card import Card
-from rediffuse.evaluation.figures import Figure, spread_of
-from rediffuse.evaluation.measures import BLOCKS
+from rediffuse.evaluation.figures import Figure
 from rediffuse.grids import log_snr, trailing
 from rediffuse.likelihood import bound, ode_bits_per_dim
 from rediffuse.models import Model
@@ -35,7 +34,6 @@ def card_of(model: Model, real: Real, count: int) -> Card:
     }
     chain = isinstance(model.denoiser.schedule, Discrete)
     measure = {
-        "blocks": BLOCKS,
         "bound_grid": "trailing" if chain else "log_snr",
         "bound_steps": _bound_steps(model),
         "bound_variance": 0.0 if chain else 1.0,
@@ -57,10 +55,9 @@ def bits(model: Model, real: Real, card: Card, done: Callable[[int], object]) ->
         done(rows.stop)
     figures = []
     for name, parts in columns.items():
-        values, size = torch.cat(parts), card.n // BLOCKS
-        means = [float(part.mean()) for part in values[: BLOCKS * size].split(max(1, size))]
-        spread = spread_of(means if size else [], size)
-        figures.append(Figure(name, float(values.mean()), card, spread=spread))
+        values = torch.cat(parts)
+        error = float(values.std() / card.n**0.5) if card.n > 1 else None
+        figures.append(Figure(name, float(values.mean()), card, error))
     return tuple(figures)
 
 

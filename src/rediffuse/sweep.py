@@ -35,7 +35,7 @@ from rediffuse.evaluate import (
 )
 from rediffuse.evaluation.card import digest_of
 from rediffuse.evaluation.digests import add_digest
-from rediffuse.evaluation.figures import Figure, shown_spread
+from rediffuse.evaluation.figures import Figure, shown
 from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.judging import Study, samples
 from rediffuse.models import Model, find
@@ -254,24 +254,22 @@ def _show(rows: Sequence[Row]) -> None:
     of = list(dict.fromkeys(("solver", "steps", *of)))
     cells = []
     for k, row in enumerate(rows):
-        spread = row.figure.spread
         fronts = ("evals" if k in by_evaluations else "", "s" if k in by_seconds else "")
         cells.append(
             (
                 *(_short(row.named[key]) for key in of),
                 f"{row.evaluations:g}",
                 f"{row.seconds:.3g}",
-                f"{row.figure.value:.4g}",
-                shown_spread(spread) if spread else "",
+                shown(row.figure),
                 "+".join(filter(None, fronts)),
             )
         )
     say(f"{rows[0].figure.full_name} by evaluations of an image and seconds of 1,000 images")
-    print_table((*of, "evals", "s/1k", "value", "blocks", "front"), cells)
+    print_table((*of, "evals", "s/1k", "value", "front"), cells)
     best = min(rows, key=lambda row: row.figure.value)
     floor = best.figure.floor
     if floor:
-        say(f"floor   {floor.value:.4g} is what real images have")
+        say(f"floor   {shown(floor)} is what real images have")
     say("best of the sweep; every combination has its own card in evaluation/:")
     for line in lines(best.found.told((best.figure.name,))):
         tables.hanging(line, 8)

@@ -61,8 +61,8 @@ def evaluate(
     """Judge a run's images: how far from real ones, how real, how various, of the class asked for.
 
     Every figure has its card: what was drawn and how, what it was held against, through which
-    network. Beside it stand what disjoint blocks of the same images say, and the floor: real images
-    against real ones. All is kept in the run's evaluation/, and what is there is not drawn again.
+    network. Beside it stand its standard error over samples of the same model, and the floor: as
+    many real images against the same reference. All is kept in the run's evaluation/, and what is there is not drawn again.
 
     \b
     Examples:

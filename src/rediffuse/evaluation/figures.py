@@ -1,20 +1,10 @@
 """A figure: a number that cannot be told without how it came about."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from rediffuse.evaluation.card import Card
-
-
-class Spread(NamedTuple):
-    """The same figure of `blocks` disjoint blocks of `n` images each: their mean and deviation."""
-
-    blocks: int
-    n: int
-    mean: float
-    sd: float
 
 
 class Floor(NamedTuple):
@@ -23,23 +13,25 @@ class Floor(NamedTuple):
     value: float
     n: int
     what: str
+    standard_error: float | None = None
 
 
 @dataclass(frozen=True)
 class Figure:
     """One number, with its card.
 
-    `sd` is the deviation of what is itself a mean over subsets or splits. `spread` is None where
-    there are too few images for blocks, `floor` where no real images are left. The bias of a
-    distance depends on n, so that a block's mean is not that of the whole.
+    `standard_error` says how much the number varies with the samples of the same model, at this n
+    and against this reference; None for too few images. `floor` is the same figure of as many real
+    images, against as many; None where there are not enough. `sd` is the deviation of what is
+    itself a mean over subsets or splits, as papers give it for KID and IS; it is no error.
     """
 
     name: str
     value: float
     card: Card
-    sd: float | None = None
-    spread: Spread | None = None
+    standard_error: float | None = None
     floor: Floor | None = None
+    sd: float | None = None
 
     @property
     def full_name(self) -> str:
@@ -52,8 +44,8 @@ class Figure:
             "figure": self.full_name,
             "name": self.name,
             "value": self.value,
+            "standard_error": self.standard_error,
             "sd": self.sd,
-            "spread": self.spread and self.spread._asdict(),
             "floor": self.floor and self.floor._asdict(),
             "card": {"digest": self.card.digest, **self.card.as_json()},
         }
@@ -68,14 +60,13 @@ class Figure:
         try:
             fields = dict(told["card"])
             digest, card = fields.pop("digest"), Card(**fields)
-            spread, floor = told["spread"], told["floor"]
             figure = cls(
                 str(told["name"]),
                 float(told["value"]),
                 card,
-                None if told["sd"] is None else float(told["sd"]),
-                spread and Spread(*(_NUMBERS[name](spread[name]) for name in Spread._fields)),
-                floor and Floor(float(floor["value"]), int(floor["n"]), str(floor["what"])),
+                _number(told.get("standard_error")),
+                told["floor"] and _floor(told["floor"]),
+                _number(told["sd"]),
             )
         except (KeyError, TypeError, AttributeError) as wrong:
             raise ValueError(f"it is not a figure ({wrong})") from None
@@ -84,13 +75,23 @@ class Figure:
         return figure
 
     def __str__(self) -> str:
-        of = self.spread
-        spread = f" ({shown_spread(of)} in {of.blocks} x {short(of.n)})" if of else ""
-        floor = f", floor {self.floor.value:.4g} ({self.floor.what})" if self.floor else ""
-        return f"{self.full_name} {self.value:.4g}{spread}{floor} [{self.card}]"
+        floor = f", floor {shown(self.floor)} ({self.floor.what})" if self.floor else ""
+        return f"{self.full_name} {shown(self)}{floor} [{self.card}]"
 
 
-_NUMBERS = {"blocks": int, "n": int, "mean": float, "sd": float}
+def _floor(told: Mapping[str, Any]) -> Floor:
+    error = _number(told.get("standard_error"))
+    return Floor(float(told["value"]), int(told["n"]), str(told["what"]), error)
+
+
+def _number(told: Any) -> float | None:
+    return None if told is None else float(told)
+
+
+def shown(of: Figure | Floor) -> str:
+    """`3.21 ± 0.1`: a value and its standard error, if it has one."""
+    error = "" if of.standard_error is None else f" ± {of.standard_error:.2g}"
+    return f"{of.value:.4g}{error}"
 
 
 def with_n(name: str, n: int) -> str:
@@ -101,15 +102,3 @@ def with_n(name: str, n: int) -> str:
 def short(n: int) -> str:
     """Whole thousands as `10k`, other numbers as they are."""
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
-
-
-def spread_of(values: Sequence[float], n: int) -> Spread | None:
-    """Mean and sample standard deviation over blocks of n images; None for less than two."""
-    if len(values) < 2:
-        return None
-    return Spread(len(values), n, fmean(values), stdev(values))
-
-
-def shown_spread(spread: Spread) -> str:
-    """`3.2 ± 0.1`: the mean of the blocks, which is not the figure of all, and their deviation."""
-    return f"{spread.mean:.3g} ± {spread.sd:.2g}"

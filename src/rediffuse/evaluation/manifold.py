@@ -7,7 +7,7 @@ blocks of rows, so that 50,000 images against 10,000 need no more than some 500 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 _ROWS = 1024
@@ -61,6 +61,54 @@ def manifold(
         density=around / (density_neighbours * len(fake)),
         coverage=float(covered.double().mean()),
     )
+
+
+def manifold_without(
+    real: Float[Tensor, "n feature"],
+    fake: Float[Tensor, "m feature"],
+    group: Int64[Tensor, " m"],
+    *,
+    neighbours: int = 3,
+    density_neighbours: int = 5,
+) -> list[Manifold]:
+    """The same without each group of samples in turn, in little more than the time of one.
+
+    Without a group, the balls of samples that had neighbours in it are wider.
+    """
+    real, fake, groups = real.double(), fake.double(), range(int(group.max()) + 1)
+    out_to, wide = radii(real, neighbours), radii(real, density_neighbours)
+    inside, around = [torch.zeros(len(groups), dtype=torch.long) for _ in range(2)]
+    recalled, wider, covered = [
+        torch.zeros(len(groups), len(real), dtype=torch.bool) for _ in range(3)
+    ]
+    for rows, own in zip(fake.split(_ROWS), group.split(_ROWS), strict=True):
+        distance, apart = torch.cdist(rows, real), torch.cdist(rows, fake)
+        nearest = apart.topk(neighbours + 1, dim=1, largest=False)
+        radius, beside = nearest.values[:, -1:], group[nearest.indices]
+        inside.index_add_(0, own, (distance <= out_to).any(1).long())
+        around.index_add_(0, own, (distance <= wide).sum(1))
+        for number in own.unique():
+            of = own == number
+            recalled[number] |= (distance[of] <= radius[of]).any(0)
+            covered[number] |= (distance[of] <= wide).any(0)
+        for number in beside.unique():
+            of = (beside == number).any(1) & (own != number)
+            others = apart[of].masked_fill(group == number, torch.inf)
+            out = others.kthvalue(neighbours + 1, dim=1, keepdim=True).values
+            wider[number] |= (distance[of] <= out).any(0)
+    size = len(fake) - group.bincount()
+    found = []
+    for number in groups:
+        rest = [other for other in groups if other != number]
+        found.append(
+            Manifold(
+                precision=float(inside[rest].sum() / size[number]),
+                recall=float((recalled[rest].any(0) | wider[number]).double().mean()),
+                density=float(around[rest].sum() / (density_neighbours * size[number])),
+                coverage=float(covered[rest].any(0).double().mean()),
+            )
+        )
+    return found
 
 
 def radii(x: Float64[Tensor, "n feature"], neighbours: int) -> Float64[Tensor, " n"]:

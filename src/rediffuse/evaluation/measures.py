@@ -4,8 +4,9 @@ Names never mix: `fid`, `kid`, `sfid`, `mifid` and `is` are what Inception-v3 of
 through any other network they are `fd_<network>` and `kd_<network>`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +17,17 @@ from rediffuse.evaluation.agreement import class_agreement
 from rediffuse.evaluation.card import digest_of
 from rediffuse.evaluation.colour import channel_statistics, histogram, histogram_distance
 from rediffuse.evaluation.features import Seen
-from rediffuse.evaluation.frechet import frechet_distance
+from rediffuse.evaluation.frechet import frechet_distances
 from rediffuse.evaluation.inception_score import inception_score
+from rediffuse.evaluation.jackknife import GROUPS, groups_of, standard_error
 from rediffuse.evaluation.kernel import kernel_distance
-from rediffuse.evaluation.manifold import manifold
-from rediffuse.evaluation.mifid import memorization_informed
-from rediffuse.evaluation.moments import Moments, moments
-
-BLOCKS = 5
-"""Disjoint blocks of images whose figures say how much a figure varies by chance."""
+from rediffuse.evaluation.manifold import manifold, manifold_without
+from rediffuse.evaluation.mifid import informed, memorization_distances
+from rediffuse.evaluation.moments import Moments, moments, moments_without
 
 MEASURE: dict[str, Any] = {
-    "blocks": BLOCKS,
+    "jackknife_groups": GROUPS,
     "kernel_subsets": 100,
-    "kernel_subsets_of_a_block": 20,
     "kernel_subset_images": 1000,
     "manifold_images": 10_000,  # of either side: time grows with the square
     "precision_neighbours": 3,
@@ -43,14 +41,17 @@ INCEPTION, CLASSIFIER, COLOUR = "inception", "classifier", "colour"
 
 
 class Value(NamedTuple):
-    """A number, its own deviation where it is a mean of subsets or splits, and of how many images.
+    """A figure and its standard error: how much it varies with the samples of a model, at this n.
 
-    `n` is None where it is of all of them.
+    `standard_error` is None for fewer than two images per group of the jackknife. `n` is the number
+    of images, if not all of them, and `sd` the deviation over subsets or splits, if it is a mean of
+    those.
     """
 
     value: float
-    sd: float | None = None
+    standard_error: float | None = None
     n: int | None = None
+    sd: float | None = None
 
 
 class Colours:
@@ -85,11 +86,6 @@ class Sample:
         )
         return Sample(seen, None if self.classes is None else self.classes[which])
 
-    def blocks(self, count: int) -> Iterator["Sample"]:
-        """Disjoint blocks of equal size, in order; what is left over is in none."""
-        size = len(self) // count
-        return (self.rows(slice(k * size, (k + 1) * size)) for k in range(count if size else 0))
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -109,30 +105,44 @@ class Reference:
 
 
 def measured(
-    features: str,
-    sample: Sample,
-    reference: Reference,
-    kernel_subsets: int,
-    trained: Reference | None = None,
+    features: str, sample: Sample, reference: Reference, trained: Reference | None = None
 ) -> dict[str, Value]:
     """Every figure of a sample, by name; those that it is too small for are left out.
 
-    `trained` are the images that the model was trained on, where they are known.
+    `trained` are the images that the model was trained on, where they are known. Standard errors
+    are over samples; the reference is taken as it is.
     """
+    group = groups_of(len(sample), sample.classes)
     if features == COLOUR:
-        return _colours(sample, reference)
+        return _colours(sample, reference, group)
     inception = features == INCEPTION
-    own = moments(sample.seen.features)
-    distance = frechet_distance(own, reference.moments)
-    found = {"fid" if inception else f"fd_{features}": Value(distance)}
-    found |= _kernel("kid" if inception else f"kd_{features}", sample, reference, kernel_subsets)
+    distance, without = _distances(sample.seen.features, reference.moments, group)
+    found = {"fid" if inception else f"fd_{features}": _value(distance, without)}
+    found |= _kernel("kid" if inception else f"kd_{features}", sample, reference, group)
     found |= _manifold(features, sample, reference)
     if inception:
-        found |= _of_inception(distance, sample, reference, trained)
+        found |= _of_inception(sample, reference, group)
+        if trained is not None:
+            found["mifid"] = _mifid(distance, without, sample, trained, group)
     elif features == CLASSIFIER and sample.seen.logits is not None and sample.classes is not None:
-        agreement = class_agreement(sample.seen.logits, sample.classes)
-        found[f"agreement_{features}"] = Value(agreement.share)
+        found[f"agreement_{features}"] = _agreement(sample.seen.logits, sample.classes, group)
     return found
+
+
+Group = Int64[Tensor, " n"] | None
+"""The group of the jackknife of each image; None for too few images."""
+
+
+def _value(value: float, without: Sequence[float] | Tensor, n: int | None = None) -> Value:
+    """A figure and what it is without each group; nothing of the latter for too few images."""
+    return Value(value, standard_error(without) if len(without) else None, n)
+
+
+def _distances(vectors: Tensor, of: Moments, group: Group) -> tuple[float, list[float]]:
+    """The Fréchet distance of all vectors, and without each group."""
+    parts = [] if group is None else moments_without(vectors, group)
+    distance, *without = frechet_distances(chain([moments(vectors)], parts), of)
+    return distance, without
 
 
 def least_images(length: int) -> int:
@@ -144,12 +154,14 @@ def least_images(length: int) -> int:
     return 2 * length
 
 
-def _kernel(name: str, sample: Sample, reference: Reference, subsets: int) -> dict[str, Value]:
+def _kernel(name: str, sample: Sample, reference: Reference, group: Group) -> dict[str, Value]:
     x, y = sample.seen.features, reference.seen.features
     size = min(MEASURE["kernel_subset_images"], len(x), len(y))
     if size < 2:
         return {}
-    return {name: Value(*kernel_distance(x, y, MEASURE["seed"], subsets=subsets, size=size))}
+    subsets, seed = MEASURE["kernel_subsets"], MEASURE["seed"]
+    found = kernel_distance(x, y, seed, subsets=subsets, size=size, group=group)
+    return {name: Value(found.mean, found.standard_error, sd=found.sd)}
 
 
 def _manifold(features: str, sample: Sample, reference: Reference) -> dict[str, Value]:
@@ -158,38 +170,73 @@ def _manifold(features: str, sample: Sample, reference: Reference) -> dict[str, 
     count = min(MEASURE["manifold_images"], len(sample), len(reference.seen.features))
     if count <= max(near, density):
         return {}
-    real, fake = reference.seen.features[:count], sample.seen.features[:count]
-    found = manifold(real, fake, neighbours=near, density_neighbours=density)
-    return {f"{name}_{features}": Value(v, n=count) for name, v in found._asdict().items()}
+    fake = sample.rows(slice(count))
+    both, k = (reference.seen.features[:count], fake.seen.features), (near, density)
+    whole = manifold(*both, neighbours=k[0], density_neighbours=k[1])
+    group, parts = groups_of(count, fake.classes), []
+    if group is not None:
+        parts = manifold_without(*both, group, neighbours=k[0], density_neighbours=k[1])
+    return {
+        f"{name}_{features}": _value(value, [getattr(part, name) for part in parts], count)
+        for name, value in whole._asdict().items()
+    }
 
 
-def _of_inception(
-    distance: float, sample: Sample, reference: Reference, trained: Reference | None
-) -> dict[str, Value]:
+def _of_inception(sample: Sample, reference: Reference, group: Group) -> dict[str, Value]:
     found: dict[str, Value] = {}
     seen, splits = sample.seen, MEASURE["inception_score_splits"]
     if seen.logits is not None and len(sample) >= splits:
-        found["is"] = Value(*inception_score(seen.logits, MEASURE["seed"], splits=splits))
+        score = inception_score(seen.logits, MEASURE["seed"], splits=splits, group=group)
+        found["is"] = Value(score.mean, score.standard_error, sd=score.sd)
     if seen.spatial is not None and reference.spatial is not None:
-        found["sfid"] = Value(frechet_distance(moments(seen.spatial), reference.spatial))
-    if trained is not None:
-        informed = memorization_informed(distance, trained.seen.features, seen.features)
-        found["mifid"] = Value(informed)
+        found["sfid"] = _value(*_distances(seen.spatial, reference.spatial, group))
     return found
 
 
-def _colours(sample: Sample, reference: Reference) -> dict[str, Value]:
+def _mifid(
+    distance: float,
+    without: Sequence[float],
+    sample: Sample,
+    trained: Reference,
+    group: Group,
+) -> Value:
+    apart = memorization_distances(trained.seen.features, sample.seen.features)
+    rest = [
+        informed(value, float(apart[group != number].nanmean()))
+        for number, value in enumerate(without)
+    ]
+    return _value(informed(distance, float(apart.nanmean())), rest)
+
+
+def _agreement(logits: Tensor, classes: Tensor, group: Group) -> Value:
+    agreement, rest = class_agreement(logits, classes), []
+    if group is not None:
+        right = (logits.argmax(1) == classes).double()
+        rest = [float(right[group != number].mean()) for number in range(GROUPS)]
+    return _value(agreement.share, rest)
+
+
+def _colours(sample: Sample, reference: Reference, group: Group) -> dict[str, Value]:
     """Levels, where black is 0 and white is 255; the floor of a mean is that of real images."""
-    own = sample.seen.features.double().sum(0).long().view(-1, 256)
+    counts = sample.seen.features.double()
+    own = counts.sum(0)
     real = (reference.moments.mean * reference.moments.n).round().long().view(-1, 256)
-    names = _CHANNELS[len(own)]
+    whole, rest = _levels(own, real), []
+    if group is not None:
+        parts = [counts[group == number].sum(0) for number in range(GROUPS)]
+        rest = [_levels(own - part, real) for part in parts]
+    return {name: _value(value, [part[name] for part in rest]) for name, value in whole.items()}
+
+
+def _levels(counts: Tensor, real: Tensor) -> dict[str, float]:
+    own = counts.long().view(-1, 256)
     found = {}
     for what, levels in (
         ("distance", histogram_distance(own, real)),
         *zip(("mean", "sd"), channel_statistics(own), strict=True),
     ):
-        for name, level in zip(names, levels.tolist(), strict=True):
-            found[f"{name}_{what}"] = Value(level)
+        for name, level in zip(_CHANNELS[len(own)], levels.tolist(), strict=True):
+            found[f"{name}_{what}"] = level
     return found
 
 

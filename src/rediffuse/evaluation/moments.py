@@ -1,11 +1,11 @@
 """Mean and covariance of features that come batch by batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 
@@ -43,3 +43,18 @@ def merge(a: Moments, b: Moments) -> Moments:
 def merged(parts: Iterable[Moments]) -> Moments:
     """Moments of all parts together: of batches, of seed blocks, of processes."""
     return reduce(merge, parts)
+
+
+def moments_without(
+    features: Float[Tensor, "n feature"], group: Int64[Tensor, " n"]
+) -> Iterator[Moments]:
+    """Yield the moments of all rows but those of group 0, of group 1, and so on."""
+    x = features.double()
+    centred = x - x.mean(0)
+    scatter = centred.mT @ centred
+    for number in range(int(group.max()) + 1):
+        rows = centred[group == number]
+        n = len(x) - len(rows)
+        mean = -rows.sum(0) / n  # of the others, whose sum with these is 0
+        rest = scatter - rows.mT @ rows - n * torch.outer(mean, mean)
+        yield Moments(n, x.mean(0) + mean, rest / max(1, n - 1))

@@ -15,7 +15,7 @@ class Figure(NamedTuple):
     file: str
     name: str
     value: str
-    spread: str
+    standard_error: str
     floor: str
     digest: str
     samples: str  # the card's own line about the images
@@ -61,22 +61,25 @@ def _figures(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _figure(file: str, of: dict[str, Any]) -> Figure:
-    spread, floor, card = of.get("spread"), of.get("floor"), of["card"]
-    shown_spread = shown_floor = ""
+    floor, card = of.get("floor"), of["card"]
+    shown_floor = ""
     samples = card.get("samples", "")
-    if isinstance(spread, dict):
-        mean, sd = (told(spread.get(name)) for name in ("mean", "sd"))
-        blocks, n = (told(spread.get(name)) for name in ("blocks", "n"))
-        shown_spread = f"{mean} ± {sd} ({blocks} blocks of {n})"
     if isinstance(floor, dict):
-        shown_floor = f"{told(floor.get('value'))} ({told(floor.get('what'))})"
+        value, what = (told(floor.get(name)) for name in ("value", "what"))
+        shown_floor = f"{value}{_error(floor)} ({what})"
     return Figure(
         file,
         told(of.get("figure", of["name"])),  # with its n
         told(of["value"]),
-        shown_spread,
+        _error(of),
         shown_floor,
         told(card["digest"]),
         told(samples.get("told", "")) if isinstance(samples, dict) else told(samples),
         {name: told(value) for name, value in leaves(card).items()},
     )
+
+
+def _error(of: dict[str, Any]) -> str:
+    """The standard error of a number, if it has one."""
+    error = of.get("standard_error")
+    return "" if error is None else f" ± {told(error)}"
