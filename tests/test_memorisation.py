@@ -1,18 +1,27 @@
 """Neighbours are exact, copies raise the alarm, and fresh images do not."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from rediffuse.data.pixels import augment
 from rediffuse.errors import ConfigError, DataError
 from rediffuse.evaluation import neighbours
 from rediffuse.evaluation.diversity import repeats, vendi
 from rediffuse.evaluation.memorisation import COPY, judge, nearness
-from rediffuse.evaluation.neighbours import nearest, nearest_others, pairs_within
+from rediffuse.evaluation.neighbours import (
+    augmented,
+    nearest,
+    nearest_others,
+    nearest_shown,
+    pairs_within,
+)
 from rediffuse.randomness import Stream, normal
 
 
@@ -81,6 +90,57 @@ def test_how_far_apart_images_lie_does_not_count() -> None:
     torch.testing.assert_close(near.ratio, plain.ratio)
     torch.testing.assert_close(near.second, plain.second)
     torch.testing.assert_close(near.distance, 64 * plain.distance)
+
+
+def every_version(images: Tensor, flip: bool, padding: int) -> Tensor:
+    """[versions, images, ...], by brute force."""
+    padded = F.pad(images.double(), (padding,) * 4, mode="reflect")
+    size, shifts = images.shape[-1], range(2 * padding + 1)
+    crops = [padded[..., y : y + size, x : x + size] for y in shifts for x in shifts]
+    return torch.stack([*crops, *(crop.flip(-1) for crop in crops if flip)])
+
+
+@pytest.mark.parametrize(("flip", "padding"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+def test_the_nearest_shown_are_brute_forces(digits: Tensor, flip: bool, padding: int) -> None:
+    """Of images so small, crops are exact, too."""
+    images, queries = digits[:150], digits[150:190]
+    found = nearest_shown(queries, images, 7, flip=flip, crop_padding=padding)
+    versions = every_version(images, flip, padding)
+    least = torch.stack([distances(queries, one) for one in versions]).amin(0)
+    torch.testing.assert_close(found.distances, least.sort(dim=1).values[:, :7])
+    torch.testing.assert_close(least.gather(1, found.rows), found.distances)
+    assert all(len({*rows}) == 7 for rows in found.rows.tolist())
+    for k in range(7):
+        shown = augmented(images[found.rows[:, k]], found.shift[:, k], found.mirrored[:, k])
+        apart = (queries.double() - shown.double()).flatten(1).norm(dim=1)
+        torch.testing.assert_close(found.distances[:, k], apart)
+
+
+def test_every_image_that_training_shows_is_found_exactly_however_large() -> None:
+    """Those of `augment`, in images that are compared after averaging, with a remainder."""
+    images = (40 * gaussian(40, 3, 20, 20) + 128).clamp(0, 255).byte()
+    index = torch.arange(40)
+    shown = augment(images, index, 1, flip=True, crop_padding=3)
+    found = nearest_shown(shown, images, 2, flip=True, crop_padding=3)
+    assert torch.equal(found.rows[:, 0], index)
+    assert not found.distances[:, 0].any()
+    assert found.distances[:, 1].min() > 100
+    assert torch.equal(augmented(images, found.shift[:, 0], found.mirrored[:, 0]), shown)
+
+
+def test_shifted_copies_raise_the_alarm_and_fresh_images_do_not(digits: Tensor) -> None:
+    """Fresh ones as training would show them, and as they are."""
+    training, held_out, fresh = digits[:1000], digits[1000:1400], digits[1400:]
+    shown = partial(augment, crop_padding=1)
+    near = partial(nearness, flip=False, crop_padding=1)
+    usual = near(shown(held_out, torch.arange(400), 0), training)
+    copies = shown(training[:397], torch.arange(397), 2).float() + 6 * gaussian(397, 1, 8, 8)
+    for images, alarm in (
+        (copies.round().clamp(0, 255).byte(), True),
+        (shown(fresh, torch.arange(397), 1), False),
+        (fresh, False),
+    ):
+        assert judge(near(images, training).ratio, usual.ratio).alarm == alarm
 
 
 def test_too_many_neighbours_or_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli import TINY, edit, rediffuse, run_id
 from click.testing import CliRunner
 from PIL import Image
 
 from rediffuse import cli, diagnosis, memorisation, overview
 from rediffuse.config.compose import compose
+from rediffuse.data.pixels import augment
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.gallery import Options, opened, settled
 from rediffuse.images import of_run, prepare
@@ -74,14 +76,22 @@ def test_memorisation_is_the_same_every_time_whatever_the_batch(
     assert told[0] == told[1]
 
 
-def test_mirror_images_count_where_training_flips() -> None:
+def test_versions_count_that_training_shows() -> None:
     rng = np.random.default_rng(0)
     training, held_out = (rng.integers(0, 256, (n, 1, 8, 8), np.uint8) for n in (60, 120))
-    alarms = {}
-    for mirrored in (True, False):
-        known = memorisation.Known(training, held_out, mirrored)
-        alarms[mirrored] = memorisation.compared(training[..., ::-1].copy(), known).verdict.alarm
-    assert alarms == {True: True, False: False}
+    index, shown = torch.arange(60), torch.from_numpy(training)
+    for flip, padding in ((True, 0), (False, 2), (True, 3)):
+        copies = augment(shown, index, 5, flip=flip, crop_padding=padding).numpy()
+        known = memorisation.Known(training, held_out, flip, padding)
+        found = memorisation.compared(copies, known)
+        assert found.verdict.alarm
+        assert not found.samples.distance.any()
+        assert np.array_equal(known.nearest(found.samples, [*range(60)]), copies)
+        assert "shifted by up to" in memorisation._rule(found.verdict, known, 60) or not padding
+        plain = memorisation.Known(training, held_out)
+        assert (
+            not memorisation.compared(copies[copies.shape[0] // 2 :], plain).verdict.alarm or flip
+        )
 
 
 def test_where_nothing_was_held_out_there_is_nothing_to_compare_with(
@@ -93,7 +103,7 @@ def test_where_nothing_was_held_out_there_is_nothing_to_compare_with(
     words = [f"data.path={tmp_path}", "data.image_size=8", "data.channels=1"]
     images = prepare(compose(["data=folder", *words, "data.validation_fraction=0"]).data, tmp_path)
     with pytest.raises(ConfigError, match="no image that this run was not trained on"):
-        memorisation.real(images, mirrored=False)
+        memorisation.real(images, flip=False, crop_padding=0)
     with pytest.raises(ConfigError, match="no image that this run was not trained on"):
         diagnosis.unseen(images, load(trained[1], root=trained[0]), 10)
 

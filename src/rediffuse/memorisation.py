@@ -7,7 +7,9 @@
 The key is the digest of everything that the report depends on, so that no report replaces another.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from jaxtyping import UInt8
 
 from rediffuse import judging, tables
 from rediffuse.config.schema import Sampling
+from rediffuse.data.pixels import augment
 from rediffuse.data.splits import split
 from rediffuse.drawing import Job, draw
 from rediffuse.errors import ConfigError, RunError
@@ -35,6 +38,7 @@ from rediffuse.evaluation.memorisation import (
     judge,
     nearness,
 )
+from rediffuse.evaluation.neighbours import augmented
 from rediffuse.gallery import Options, opened, settled
 from rediffuse.images import Images, of_run
 from rediffuse.models import Model, find
@@ -49,20 +53,26 @@ from rediffuse.words import json_text
 Facts = dict[str, Any]
 
 _MOST_SAMPLES, _MOST_HELD_OUT = 100_000, 10_000
+_MOST_HELD_OUT_OF_CROPS = 2_000  # the search takes as many times longer as there are shifts
 _SHOWN = 16
 
 
 class Known(NamedTuple):
-    """Real images: those trained on, with their mirror images where training flips, and others."""
+    """Real images: those trained on, in what versions training shows them, and others.
+
+    The others are shown as training would show them, since that is what the model learns: else
+    its borders by reflection could tell fresh samples from them.
+    """
 
     training: Pixels
     held_out: Pixels
-    mirrored: bool
+    flip: bool = False
+    crop_padding: int = 0
 
-    def seen(self) -> Pixels:
-        """All that the network was shown, mirror images last."""
-        flipped = [self.training[..., ::-1]] if self.mirrored else []
-        return np.concatenate([self.training, *flipped])
+    def nearest(self, near: Nearness, which: Sequence[int]) -> Pixels:
+        """The versions of training images that lie nearest to some images."""
+        images = torch.from_numpy(self.training[near.rows[which].numpy()])
+        return augmented(images, near.shift[which], near.mirrored[which]).numpy()
 
 
 class Findings(NamedTuple):
@@ -87,7 +97,8 @@ def memorisation(word: str, options: Options, *, as_json: bool = False) -> int:
     model = opened(run, options)
     how, job = settled(model, replace(options, count=count))
     images = of_run(run, model.config.data, model.trusted)
-    known = real(images, mirrored=model.config.data.flip)
+    data = model.config.data
+    known = real(images, flip=data.flip, crop_padding=data.crop_padding)
     samples = _drawn(model, how, job)
     found = compared(samples, known)
     facts = {
@@ -107,7 +118,8 @@ def key_of(model: Model, how: Sampling, job: Job, images: Images) -> str:
     facts = {
         "samples": judging.samples(model, how, job),
         "real": {name: part.facts for name, part in real_parts(images).items()},
-        "held_out": _MOST_HELD_OUT,
+        "held_out": [_MOST_HELD_OUT, _MOST_HELD_OUT_OF_CROPS],
+        "augmentation": [model.config.data.flip, model.config.data.crop_padding],
         "rule": {"around": AROUND, "level": LEVEL, "significance": SIGNIFICANCE},
         "least_share": LEAST_SHARE,
         "versions": versions(),
@@ -115,33 +127,38 @@ def key_of(model: Model, how: Sampling, job: Job, images: Images) -> str:
     return digest_of(facts)
 
 
-def real(images: Images, *, mirrored: bool) -> Known:
+def real(images: Images, *, flip: bool, crop_padding: int) -> Known:
     """The images that a run saw, and those that it never did: held out, or of the test part.
 
     Raises:
         ConfigError: if there are none of the latter, since nothing tells then what is near.
     """
+    most = _MOST_HELD_OUT_OF_CROPS if crop_padding else _MOST_HELD_OUT
     parts, train = [], images.packed.part("train")
     if images.held_out is not None:
-        parts.append(images.held_out.images[images.held_out_rows[:_MOST_HELD_OUT]])
+        parts.append(images.held_out.images[images.held_out_rows[:most]])
     if "test" in images.packed.parts:
         test = images.packed.part("test").images
-        parts.append(test[split(len(test), 1.0)[1][:_MOST_HELD_OUT]])
+        parts.append(test[split(len(test), 1.0)[1][:most]])
     if not parts:
         raise ConfigError(
             "there is no image that this run was not trained on (data.validation_fraction=0, and "
             "no validation or test part), so nothing tells how near unseen images lie"
         )
-    return Known(train.images[images.train_rows], np.concatenate(parts)[:_MOST_HELD_OUT], mirrored)
+    held_out = torch.from_numpy(np.concatenate(parts)[:most])
+    index = torch.arange(len(held_out))
+    shown = augment(held_out, index, 0, flip=flip, crop_padding=crop_padding).numpy()
+    return Known(train.images[images.train_rows], shown, flip, crop_padding)
 
 
 def compared(samples: Pixels, known: Known) -> Findings:
     """Hold samples and held-out images against what the network was shown, in pixels."""
-    seen = torch.from_numpy(known.seen())
+    training = torch.from_numpy(known.training)
     both = [torch.from_numpy(images) for images in (samples, known.held_out)]
+    near = partial(nearness, flip=known.flip, crop_padding=known.crop_padding)
     with Progress(sum(map(len, both)), "images compared") as bar:
-        drawn = nearness(both[0], seen, bar.move)
-        unseen = nearness(both[1], seen, lambda count: bar.move(len(both[0]) + count))
+        drawn = near(both[0], training, bar.move)
+        unseen = near(both[1], training, lambda count: bar.move(len(both[0]) + count))
     verdict = judge(drawn.ratio, unseen.ratio)
     return Findings(drawn, unseen, verdict)
 
@@ -157,10 +174,11 @@ def report(
         "seed": job.seed,
         "samples": len(samples),
         "training_images": len(known.training),
-        "mirrored": known.mirrored,
+        "mirrored": known.flip,
+        "crop_padding": known.crop_padding,
         "held_out_images": len(known.held_out),
         "seen_through": "pixels",
-        "around": min(AROUND, len(known.seen())),
+        "around": min(AROUND, len(known.training)),
         "alarm": verdict.alarm,
         "rule": _rule(verdict, known, len(samples)),
         "verdict": {**verdict._asdict(), "suspicious": int(verdict.suspicious.sum())},
@@ -169,7 +187,7 @@ def report(
             "held_out": _summary(found.held_out),
         },
         "diversity": diversity(samples, known, found),
-        "most_suspicious": [_one(found, job, known, k) for k in _most(found.samples, 100)],
+        "most_suspicious": [_one(found, job, k) for k in _most(found.samples, 100)],
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
 
@@ -209,14 +227,21 @@ def _summary(near: Nearness) -> Facts:
 
 
 def _rule(verdict: Verdict, known: Known, samples: int) -> str:
-    count, around = len(known.held_out), min(AROUND, len(known.seen()))
+    count, around = len(known.held_out), min(AROUND, len(known.training))
     return (
-        f"A sample is suspicious if its nearest training image is nearer than "
+        f"A sample is suspicious if its nearest training image{_versions(known)} is nearer than "
         f"{verdict.threshold:.4g} of the mean of the {around} nearest, which {verdict.rank - 1} of "
         f"{count:,} held-out images are. The alarm is raised if at least {LEAST_SHARE:.0%} of "
         f"{samples:,} samples are, and {SIGNIFICANCE:g} is above p, the probability that fresh "
         f"real images come to as many."
     )
+
+
+def _versions(known: Known) -> str:
+    """In which versions a training image is compared, in words."""
+    shifts = f"shifted by up to {known.crop_padding} pixels" if known.crop_padding else ""
+    ways = " or ".join(filter(None, (shifts, "mirrored" if known.flip else "")))
+    return f", as it is, {ways}," if ways else ""
 
 
 def _most(near: Nearness, count: int) -> list[int]:
@@ -225,13 +250,13 @@ def _most(near: Nearness, count: int) -> list[int]:
     return order
 
 
-def _one(found: Findings, job: Job, known: Known, k: int) -> Facts:
+def _one(found: Findings, job: Job, k: int) -> Facts:
     near = found.samples
-    mirrored, row = divmod(int(near.rows[k]), len(known.training))
     return {
         "image": job.images[k],
-        "nearest": row,
-        "mirrored": bool(mirrored),
+        "nearest": int(near.rows[k]),
+        "mirrored": bool(near.mirrored[k]),
+        "shift": near.shift[k].tolist(),
         "distance": float(near.distance[k]),
         "ratio": float(near.ratio[k]),
         "suspicious": bool(found.verdict.suspicious[k]),
@@ -246,10 +271,10 @@ def _drawn(model: Model, how: Sampling, job: Job) -> Pixels:
 
 def _picture(samples: Pixels, known: Known, found: Findings) -> np.ndarray:
     """Rows: suspicious samples, their nearest; a white one; held-out images, their nearest."""
-    seen, rows = known.seen(), []
+    rows = []
     for images, near in ((samples, found.samples), (known.held_out, found.held_out)):
         most = _most(near, _SHOWN)
-        pairs = (images[most], seen[near.rows[most].numpy()])
+        pairs = (images[most], known.nearest(near, most))
         rows.append([_filled(images) for images in pairs])
     blank = _filled(samples[:0])
     return grid(np.concatenate([*rows[0], blank, *rows[1]]), columns=_SHOWN)

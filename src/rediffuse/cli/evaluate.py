@@ -62,7 +62,8 @@ def evaluate(
 
     Every figure has its card: what was drawn and how, what it was held against, through which
     network. Beside it stand its standard error over samples of the same model, and the floor: as
-    many real images against the same reference. All is kept in the run's evaluation/, and what is there is not drawn again.
+    many real images against the same reference. All is kept in the run's evaluation/, and what is
+    there is not drawn again.
 
     \b
     Examples:

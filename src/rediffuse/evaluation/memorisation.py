@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from rediffuse.errors import ConfigError
-from rediffuse.evaluation.neighbours import Vectors, nearest
+from rediffuse.evaluation.neighbours import Vectors, nearest_shown
 
 AROUND = 50
 """How many of the nearest training images tell how densely they lie (Carlini et al. 2023)."""
@@ -29,16 +29,19 @@ LEVEL, SIGNIFICANCE, LEAST_SHARE = 0.01, 0.001, 0.05
 
 
 class Nearness(NamedTuple):
-    """How near each image lies to the training images; `rows` is the nearest one.
+    """How near each image lies to what training shows; `rows` is the nearest training image.
 
     `distance` is the root mean squared difference of a value, `ratio` the distance over the mean of
-    the `AROUND` nearest, `second` over that of the second nearest.
+    the `AROUND` nearest images, `second` over that of the second nearest. `shift` (down, right) and
+    `mirrored` say in which version the nearest one lies so near.
     """
 
     distance: Float64[Tensor, " images"]
     ratio: Float64[Tensor, " images"]
     second: Float64[Tensor, " images"]
     rows: Int64[Tensor, " images"]
+    shift: Int64[Tensor, "images 2"]
+    mirrored: Bool[Tensor, " images"]
 
 
 class Verdict(NamedTuple):
@@ -59,9 +62,17 @@ class Verdict(NamedTuple):
 
 
 def nearness(
-    images: Vectors, training: Vectors, done: Callable[[int], object] = lambda count: None
+    images: Vectors,
+    training: Vectors,
+    done: Callable[[int], object] = lambda count: None,
+    *,
+    flip: bool = False,
+    crop_padding: int = 0,
 ) -> Nearness:
-    """Measure how near images lie to a training set; `done` is told how many are measured.
+    """Measure how near images lie to what a training set with this augmentation shows.
+
+    A training image is as near as the nearest of its versions. `done` gets the number of images
+    that are measured.
 
     Raises:
         ConfigError: for fewer than three training images.
@@ -71,13 +82,16 @@ def nearness(
             f"{len(training)} training images are too few to tell a copy from a neighbour; it "
             "takes 3 or more"
         )
-    found = nearest(images, training, min(AROUND, len(training)), done)
+    around = min(AROUND, len(training))
+    found = nearest_shown(images, training, around, flip=flip, crop_padding=crop_padding, done=done)
     first, second = found.distances[:, 0], found.distances[:, 1]
     return Nearness(
         first / math.sqrt(images[0].numel()),
         _share(first, found.distances.mean(dim=1)),
         _share(first, second),
         found.rows[:, 0],
+        found.shift[:, 0],
+        found.mirrored[:, 0],
     )
 
 
