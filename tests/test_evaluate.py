@@ -1,8 +1,8 @@
 """Figures that come with their protocol, from a run or from folders, without a network around."""
 
 import json
-import os
 import math
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
