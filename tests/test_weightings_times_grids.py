@@ -272,6 +272,22 @@ def test_uniform_draws_every_time_of_a_continuous_clock_equally_often(schedule):
     torch.testing.assert_close(drawn, even, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_uniform_draws_every_step_of_a_chain_equally_often(steps):
+    each = 100
+    places = (torch.arange(steps * each, dtype=torch.float64) + 0.5) / (steps * each)
+    drawn = uniform(discrete.cosine(steps=steps), places)
+    assert drawn.long().bincount().tolist() == [0, *[each] * steps]
+    assert drawn.equal(uniform_steps(discrete.cosine(steps=steps), places))
+
+
+def test_logit_normal_gives_each_step_of_a_chain_its_part_of_the_clock():
+    drawn = logit_normal(discrete.cosine(steps=10), evenly, std=3.0)
+    ends = torch.special.ndtr(torch.logit(torch.arange(11, dtype=torch.float64) / 10) / 3)
+    shares = drawn.long().bincount(minlength=11)[1:] / len(evenly)
+    torch.testing.assert_close(shares.double(), ends.diff(), rtol=0, atol=2e-5)
+
+
 def test_log_normal_draws_the_noise_levels_of_edm():
     sigma = log_normal(edm.edm(), evenly)
     assert sigma.log().mean().item() == pytest.approx(-1.2, abs=1e-9)

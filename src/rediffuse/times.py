@@ -26,11 +26,16 @@ def uniform_steps(schedule: Schedule, u: Uniform) -> Uniform:
             "times 'uniform_steps' draws whole steps, and this schedule's clock has none; "
             "use times=uniform, logit_normal or log_normal"
         )
-    return schedule.snap((u * schedule.t_max).floor() + 1)
+    return _step(schedule, u)
 
 
 def uniform(schedule: Schedule, u: Uniform) -> Uniform:
-    """Every time of the clock equally often (Song et al. 2021; Lipman et al. 2023)."""
+    """Every time of the clock equally often (Song et al. 2021; Lipman et al. 2023).
+
+    On a chain that is every step, as `uniform_steps` draws them.
+    """
+    if goes_in_steps(schedule):
+        return _step(schedule, u)
     return schedule.snap(schedule.t_min + u * (schedule.t_max - schedule.t_min))
 
 
@@ -44,8 +49,14 @@ def log_normal(
 def logit_normal(
     schedule: Schedule, u: Uniform, *, mean: Finite = 0.0, std: Positive = 1.0
 ) -> Uniform:
-    """logit(t/t_max) ~ N(0, 1): the middle of the path more often (Esser et al. 2024, Eq. 19)."""
-    return schedule.snap(torch.sigmoid(mean + std * _standard_normal(u)) * schedule.t_max)
+    """logit(t/t_max) ~ N(0, 1): the middle of the path more often (Esser et al. 2024, Eq. 19).
+
+    Step k of a chain stands for the times between k - 1 and k.
+    """
+    place = torch.sigmoid(mean + std * _standard_normal(u))
+    return (
+        _step(schedule, place) if goes_in_steps(schedule) else schedule.snap(place * schedule.t_max)
+    )
 
 
 class LossAware(nn.Module):
@@ -77,7 +88,7 @@ class LossAware(nn.Module):
 
     def evenly(self, schedule: Schedule, u: Uniform) -> Uniform:
         """Every time equally often, whatever the losses were."""
-        return uniform_steps(schedule, u) if goes_in_steps(schedule) else uniform(schedule, u)
+        return uniform(schedule, u)
 
     def weight(self, schedule: Schedule, t: Uniform) -> Uniform:
         """1/(bins·p): losses at drawn times, times this, have the mean of evenly drawn ones."""
@@ -133,6 +144,11 @@ def loss_aware(
             f"0, at most 1, not bins={bins}, history={history}, uniform={uniform:g}"
         )
     return LossAware(bins, history, uniform)
+
+
+def _step(schedule: Schedule, place: Tensor) -> Tensor:
+    """The step of a chain at a place in [0, 1) of T equal parts."""
+    return schedule.snap((place * schedule.t_max).floor() + 1)
 
 
 def _standard_normal(u: Tensor) -> Tensor:
