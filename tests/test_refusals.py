@@ -64,6 +64,33 @@ def refused(
         (["model=mlp", "model.depth=100000000"], "model.depth: expected 1 to 1000"),
         (["model=mlp", "depth=1000", "width=65536"], "12,893,697,343,552 parameters take"),
         (["model.channel_multipliers=[1,-2]"], "channel_multipliers: expected 1 to 1000, not -2"),
+        (["sigma_data=0.3", "target=edm"], "set sigma_data=0.3 target.sigma_data=0.3"),
+        (["target=edm", "weighting=edm", "weighting.sigma_data=1"], "weighting.sigma_data=0.5"),
+        (
+            ["training.best_metric=proxy/fd_classifier_1000", "training.proxy_every_images=64"],
+            "with training.proxy_images=500 the name is proxy/fd_classifier_500",
+        ),
+        (
+            ["training.best_metric=proxy/fd_turns_500", "training.proxy_every_images=64"],
+            "with these images it is proxy/fd_classifier_500",
+        ),
+        (
+            [
+                "training.best_metric=proxy/fd_classifier_500",
+                "training.images=64",
+                "training.epochs=null",
+                "training.proxy_every_images=128",
+            ],
+            "is first measured after 128 images, and the run is planned to end at 64",
+        ),
+        (
+            ["training.best_metric=epoch/loss", "training.epochs=0.5"],
+            "is first measured after 1,366 images",
+        ),
+        (
+            ["training.early_stopping_checks=2", "data.validation_fraction=0"],
+            "no images are held out; set data.validation_fraction above 0",
+        ),
         (["seed=-1"], "seed: expected greater than or equal to 0"),
         (["schedule=flo"], "schedule=flo: there is no such schedule; did you mean flow?"),
         (["experiment=imagenet"], "there is no such experiment"),

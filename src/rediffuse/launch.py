@@ -24,8 +24,9 @@ from rediffuse.config.compose import (
 from rediffuse.config.schema import AUTO, Config
 from rediffuse.data.batches import Batch, Batches, fixed
 from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
+from rediffuse.evaluation.figures import short
 from rediffuse.images import Images, of_run, prepare
-from rediffuse.legality import check
+from rediffuse.legality import check, check_new
 from rediffuse.lengths import check_rate, next_command, planned_images, with_horizon
 from rediffuse.processes import exit_code
 from rediffuse.randomness import RNG_SCHEME, Stream, normal, torch_seeded
@@ -83,11 +84,13 @@ def trained(
         RediffuseError: as `train` does.
     """
     check(config)
+    check_new(config)
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
     images = prepare(config.data, home, whole=True)
     config = settled(config, images, devices)
+    check_measured(config, images)
     check_rate(config, 0, planned_images(config, images.per_epoch), _warn(devices))
     state, recipe = fresh(config, images, devices)
     trackers_of(config, Run(home), parent)  # refused before there is a run
@@ -115,6 +118,7 @@ def resume(
     set_up(config, devices)
     images = of_run(run, config.data, trusted, whole=True)
     config = with_horizon(config, images.per_epoch, trusted, before=old)
+    check_measured(config, images)
     config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
@@ -212,6 +216,34 @@ def _check_equal(config: Config, images: Images, state: TrainState, devices: Dev
         raise TrainingError(
             f"{found}, and would train another model; start all processes with the same command, "
             "images and files of the run"
+        )
+
+
+def check_measured(config: Config, images: Images) -> None:
+    """Refuse a metric that is asked for and that this run never measures.
+
+    Raises:
+        ConfigError: naming what is asked for, and what would be measured.
+    """
+    training, planned = config.training, planned_images(config, images.per_epoch)
+    if training.early_stopping_checks and images.held_out is None:
+        raise ConfigError(
+            "training.early_stopping_checks counts validations, and no images are held out; set "
+            "data.validation_fraction above 0"
+        )
+    train = images.packed.part("train")
+    classes = train.labels is not None and len(images.packed.class_names) > 1
+    kind = "classifier" if classes else "turns"
+    wanted = training.best_metric
+    if wanted.startswith("proxy/") and not wanted.startswith(f"proxy/fd_{kind}_"):
+        measured = f"proxy/fd_{kind}_{short(training.proxy_images)}"
+        raise ConfigError(f"training.best_metric={wanted}: with these images it is {measured}")
+    first = {"proxy": training.proxy_every_images, "epoch": images.per_epoch}
+    after = first.get(wanted.partition("/")[0])
+    if after and after > planned:
+        raise ConfigError(
+            f"training.best_metric={wanted} is first measured after {after:,} images, and the run "
+            f"is planned to end at {planned:,}"
         )
 
 

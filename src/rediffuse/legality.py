@@ -4,6 +4,7 @@ Every axis is tried on numbers small enough to take no time: a part that cannot 
 says so itself, and an infinity that nobody speaks of is found here.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,6 +44,26 @@ def check(config: Config, trusted: Sequence[str] | None = None) -> None:
     build.rate(config, trusted)(0)
     of("data", config.data.source, "data")
     check_sampling(config, config.sampling, clock, trusted)
+
+
+def check_new(config: Config, trusted: Sequence[str] | None = None) -> None:
+    """Refuse what no new run should begin with, though a run that has begun with it can go on.
+
+    Raises:
+        ConfigError: if the data has more than one standard deviation.
+    """
+    said = {} if config.sigma_data is None else {"sigma_data": config.sigma_data}
+    for axis, part in (("target", config.target), ("weighting", config.weighting)):
+        takes = inspect.signature(build.bind(axis, part, axis, trusted)).parameters
+        if "sigma_data" in takes:
+            said[f"{axis}.sigma_data"] = takes["sigma_data"].default
+    if len(set(said.values())) > 1:
+        given = ", ".join(f"{key}={value:g}" for key, value in said.items())
+        one = config.sigma_data or said["target.sigma_data"]
+        raise ConfigError(
+            f"{given}: these are one number, the standard deviation of the data; set "
+            f"{' '.join(f'{key}={one:g}' for key in said)}"
+        )
 
 
 def check_sampling(

@@ -13,7 +13,7 @@ from rediffuse import build, runs
 from rediffuse.config.schema import Config
 from rediffuse.images import Images, prepare
 from rediffuse.launch import batches_of, few, fresh, settled
-from rediffuse.legality import check
+from rediffuse.legality import check, check_new
 from rediffuse.lengths import planned_images
 from rediffuse.processes import alone
 from rediffuse.progress import Progress
@@ -41,6 +41,7 @@ def plan(
     """
     alone("plan")
     check(config, trusted)
+    check_new(config, trusted)
     home = runs.runs_root(root)
     devices = choose(config.device)
     images = prepare(config.data, home, trusted)

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from rediffuse.evaluation.figures import short
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-1000, le=1000)]
@@ -159,6 +161,12 @@ class Training(Section):
         if self.best_metric.startswith("proxy/") and not self.proxy_every_images:
             raise ValueError(
                 f"training.best_metric={self.best_metric} needs training.proxy_every_images"
+            )
+        kind, _, n = self.best_metric.rpartition("_")
+        if self.best_metric.startswith("proxy/") and n != short(self.proxy_images):
+            raise ValueError(
+                f"training.best_metric={self.best_metric}: with training.proxy_images="
+                f"{self.proxy_images} the name is {kind}_{short(self.proxy_images)}"
             )
         return self
 
