@@ -20,11 +20,12 @@ from rediffuse.session import Look, unseen
 __all__ = ["generate_samples", "load", "sample", "train"]
 
 
-def train(*words: str, root: Path | None = None, look: Look = unseen) -> Run:
-    """Train a run as `rediffuse train WORDS` does; `look` is told all metrics, for live curves.
+def train(*words: str, root: str | Path | None = None, look: Look = unseen) -> Run:
+    """Train a run as `rediffuse train WORDS` does; return it, for `load` and the like.
 
-    What it says goes to standard output. Interrupting it ends it after the current step, with a
-    checkpoint.
+    Progress is printed; `look` is called with all metrics, for live curves. Ctrl-C ends training
+    after the current step, with a checkpoint, but not in another thread than the main one, where
+    Python handles no signals.
 
     Raises:
         RediffuseError: before anything is written, for what cannot work.
@@ -82,11 +83,11 @@ def sample(
 
 
 def generate_samples(
-    run: str | Path | Model,
+    run: str | Path | Run | Model,
     num_images: int = 36,
     output_path: str | Path = "samples.png",
     *,
-    root: Path | None = None,
+    root: str | Path | None = None,
     **how: object,
 ) -> Path:
     """Draw images of a run into one picture; return its path. Other arguments are `sample`'s.

@@ -74,7 +74,7 @@ def train(config: Config, *, root: Path | None = None, parent: str | None = None
 def trained(
     config: Config,
     *,
-    root: Path | None = None,
+    root: str | Path | None = None,
     parent: str | None = None,
     look: Look = unseen,
 ) -> tuple[Run, int]:

@@ -49,16 +49,18 @@ class Model:
 
 
 def load(
-    word: str | Path,
+    word: str | Path | Run,
     *,
-    root: Path | None = None,
+    root: str | Path | None = None,
     weights: str = "average",
     which: str = "latest",
     device: str = "auto",
     compiled: bool = False,
     trusted: Sequence[str] = (),
 ) -> Model:
-    """Build a run's model from its own configuration; `word` is an id, its beginning or a path.
+    """Build a run's model from its own configuration.
+
+    `word` is a run, its folder, its id, or the beginning of that.
 
     `weights` are the `average` or the `raw` ones, of the `latest` or `best` checkpoint or that of a
     step's number. With `compiled`, and on a CPU if the run was, the network is compiled. `trusted`
@@ -149,12 +151,14 @@ def _check_size(
         )
 
 
-def find(word: str | Path, root: Path | None = None) -> Run:
+def find(word: str | Path | Run, root: str | Path | None = None) -> Run:
     """Find a run by its directory, or by its id or the beginning of it in `root`.
 
     Raises:
         RunError: if there is none.
     """
+    if isinstance(word, Run):
+        word = word.directory
     if isinstance(word, Path) or "/" in word:
         try:
             directory = Path(word).expanduser().resolve()

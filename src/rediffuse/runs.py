@@ -133,9 +133,9 @@ def wrong(damage: ValidationError) -> str:
     return f"{'.'.join(map(str, what['loc']))[:80] or 'JSON'}: {what['msg'][:200]}"
 
 
-def runs_root(option: Path | None) -> Path:
+def runs_root(option: str | Path | None) -> Path:
     """Where runs live: `--root`, else `$REDIFFUSE_ROOT`, else `./runs`; absolute."""
-    return (option or Path(os.environ.get("REDIFFUSE_ROOT") or "runs")).expanduser().resolve()
+    return Path(option or os.environ.get("REDIFFUSE_ROOT") or "runs").expanduser().resolve()
 
 
 def create(
