@@ -86,6 +86,12 @@ def test_nothing_that_is_read_can_be_code() -> None:
     } == set()
 
 
+def test_images_are_decoded_where_their_pixels_are_bounded() -> None:
+    """`decoding` reads images to learn from, `rasters` pictures of runs; `duplicates` its own."""
+    opening = {file.name for file in SOURCES if "Image.open(" in file.read_text()}
+    assert opening == {"decoding.py", "rasters.py", "duplicates.py"}
+
+
 def test_every_function_that_the_derivation_names_exists() -> None:
     text = (ROOT / "docs" / "derivation.md").read_text()
     named = sorted(set(re.findall(r"`(rediffuse(?:\.\w+)+)`", text)))

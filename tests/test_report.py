@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,13 +25,13 @@ from rediffuse.api import load, sample
 from rediffuse.cli import rediffuse as cli
 from rediffuse.config.compose import compose
 from rediffuse.config.schema import Config, Part
-from rediffuse.data.decoding import KINDS
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.evaluation.digests import add_digest
 from rediffuse.gallery import Options, wanted
 from rediffuse.pictures import film
 from rediffuse.plots import Curve
 from rediffuse.randomness import ImageNoise
+from rediffuse.rasters import read_png
 from rediffuse.report import curves, images
 from rediffuse.report.evaluations import evaluations
 from rediffuse.report.run import Asked, report
@@ -207,7 +209,7 @@ def test_what_is_broken_is_named_and_the_rest_is_shown(spoilt: Path) -> None:
     page = Page(spoilt / "report.html")
     assert page.figures == [*CURVES, *PREVIEWS, *SCHEDULE]
     for told in (
-        f"{first.name} is left out: it is not a {KINDS} image.",
+        f"{first.name} is left out: it is not a PNG image.",
         "Not drawn: no checkpoint in",
         "bad.json cannot be read",
     ):
@@ -303,6 +305,37 @@ def test_the_timeline_has_the_first_rows_of_the_previews_pixel_by_pixel(trained)
     shown = images._first_row(images.picture_of(picture), 32)  # 8 pixels, four times as large
     assert shown.shape == (2, 1, 32, 32)  # four images are two rows of two
     assert np.array_equal(shown[:, :, ::4, ::4], pixels)
+
+
+def previews(folder: Path, count: int, size: int = 64) -> None:
+    for seen in range(count):
+        Image.new("L", (size, size), seen).save(folder / f"preview-{seen:010d}.png")
+
+
+def test_no_more_previews_are_decoded_than_a_page_has_room_for(tmp_path, monkeypatch):
+    previews(tmp_path, 12)
+    decoded = []
+    monkeypatch.setattr(images, "_SHOWN_PIXELS", 5 * 64 * 64)
+    monkeypatch.setattr(images, "read_png", lambda *a: decoded.append(a[0].name) or read_png(*a))
+    shots, notes = images._previews(tmp_path, 8)
+    assert [*shots] == [0, 3, 6, 8, 11]
+    assert decoded == [f"preview-{seen:010d}.png" for seen in shots]
+    assert notes == []
+
+
+def test_a_picture_of_too_many_pixels_is_left_out_before_it_is_decoded(tmp_path, monkeypatch):
+    previews(tmp_path, 3)
+    head = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR" + struct.pack(">IIBBBBB", 8001, 8000, 8, 0, 0, 0, 0)
+    large = head + struct.pack(">I", zlib.crc32(head[12:])) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+    (tmp_path / "preview-0000000009.png").write_bytes(large)
+    shots, notes = images._previews(tmp_path, 8)
+    assert [*shots] == [0, 1, 2]
+    told = "is left out: it has more than 64 million pixels."
+    assert notes == [f"preview-0000000009.png {told}"]
+    monkeypatch.setattr(images, "_WRITTEN_PIXELS", 2 * 64 * 64)
+    shown, notes = images.pictures_in(tmp_path)
+    assert [picture.title for picture in shown] == [f"preview-000000000{n}.png" for n in (0, 1)]
+    assert len(notes) == 2
 
 
 def test_figures_of_evaluations_are_shown_with_their_cards_and_no_others(tmp_path):

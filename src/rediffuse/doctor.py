@@ -17,10 +17,10 @@ from urllib.request import urlopen
 
 import psutil
 import torch
-from PIL import Image
 
 from rediffuse import locks, processes, tables
 from rediffuse.errors import RunError
+from rediffuse.rasters import read_png
 from rediffuse.runs import runs_root
 from rediffuse.session import say
 from rediffuse.tracking import mlflow
@@ -273,8 +273,7 @@ def training(device: torch.device) -> Finding:
             how = ("--n", "4", "--steps", "4", "--device", str(device), "--output-dir", "drawn")
             _command(place, "sample", run.parent.name, *how)
             for file in sorted(place.glob("drawn/0*.png")):
-                with Image.open(file, formats=["PNG"]) as image:
-                    image.load()
+                read_png(file)
         except (RunError, OSError, ValueError, subprocess.TimeoutExpired) as failed:
             return Finding("fail", str(failed), "the checks above may say why; else report it")
     seconds = time.perf_counter() - began

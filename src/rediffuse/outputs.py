@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from rediffuse import locks
 from rediffuse.errors import ConfigError
 from rediffuse.pictures import MARK
-from rediffuse.reading import read_object
+from rediffuse.rasters import png_header, read_png
+from rediffuse.reading import decoded_object, open_regular, read_object
 from rediffuse.tracking.jsonl import write_atomically
 
 MANIFEST, BEGUN, LOCK = "manifest.json", ".job.json", ".lock"
@@ -72,14 +72,9 @@ def facts_in(file: Path) -> dict[str, Any] | None:
         OSError: if it cannot be opened.
     """
     try:
-        with Image.open(file) as image:
-            found = json.loads(str(image.info[MARK]))
-    except (KeyError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
+        return decoded_object(str(png_header(file).info[MARK]).encode())
+    except (KeyError, ValueError):
         return None
-    except OSError:  # Pillow's error for what is no image is an OSError, too
-        file.stat()
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def pixels_in(file: Path, facts: Mapping[str, Any], size: int) -> np.ndarray | None:
@@ -87,12 +82,12 @@ def pixels_in(file: Path, facts: Mapping[str, Any], size: int) -> np.ndarray | N
     if not file.is_file() or facts_in(file) != json.loads(json.dumps(facts)):
         return None
     try:
-        with Image.open(file) as image:
-            if image.size != (size, size):
-                return None
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError):
+        image = read_png(file, size * size)
+    except (OSError, ValueError):
         return None
+    if image.size != (size, size):
+        return None
+    pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
@@ -155,5 +150,6 @@ def _is_ours(file: Path) -> bool:
     if not file.is_file():
         return False
     if file.suffix.lower() == ".gif":
-        return file.read_bytes()[:4096].find(MARK.encode()) >= 0
+        with open_regular(file, links=True) as stream:
+            return MARK.encode() in stream.read(4096)
     return facts_in(file) is not None

@@ -426,7 +426,7 @@ def tried(cases: list[Case], place: Place, tmp_path: Path, zygote: Zygote) -> li
             try:
                 done = process.wait(120)
             except AssertionError as hung:
-                wrong.append(f"{ran}: hangs: {str(hung)[:200]}")
+                wrong.append(f"{ran}: hangs: {str(hung)[-200:]}")
                 continue
             finally:
                 used = root / "usage"

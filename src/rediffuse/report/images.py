@@ -1,5 +1,6 @@
 """What a run drew while it trained, and what its model draws now."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from rediffuse import plots
 from rediffuse.config.schema import Config, Sampling
-from rediffuse.data.decoding import read
 from rediffuse.data.pixels import to_uint8
 from rediffuse.drawing import Job, classes_for, states, watched
 from rediffuse.errors import ConfigError, DataError, RediffuseError
@@ -22,6 +22,8 @@ from rediffuse.models import Model
 from rediffuse.pictures import Pixels, enlarged, film, grid, png
 from rediffuse.process import Schedule
 from rediffuse.progress import Progress
+from rediffuse.rasters import MAX_PIXELS, png_header, read_png
+from rediffuse.reading import why
 from rediffuse.report.page import Picture, Section, figure
 from rediffuse.tensors import expand
 
@@ -29,7 +31,9 @@ SOLVERS = "ddim", "heun", "dpmpp_2m", "unipc", "euler_ancestral"
 """What the run's own solver is put beside, if nothing else is asked for."""
 
 _GREY = 136  # neither glares on a dark page nor is lost on a light one
-_MOST_ROWS, _MOST_FRAMES, _FILM_PIXELS = 10, 40, 440
+_MOST_ROWS, _MOST_COLUMNS, _MOST_FRAMES, _FILM_PIXELS = 10, 10, 40, 440
+_SHOWN_PIXELS = 200_000_000  # of all pictures of a section together; seconds of decoding
+_WRITTEN_PIXELS = 64_000_000  # the same where they are encoded anew
 
 Frame = UInt8[np.ndarray, "h w c"]
 
@@ -42,13 +46,13 @@ def timeline(samples: Path, config: Config, class_names: Sequence[str]) -> Secti
 
     A preview that cannot be read is left out, and named.
     """
-    shots, notes = _previews(samples)
-    if not shots:
-        return Section("Samples while training", notes=notes or ["No preview has been drawn yet."])
     size = config.data.image_size
     size *= max(1, -(-28 // size))  # as `pictures.grid` enlarges
-    rows = {seen: _first_row(picture, size) for seen, picture in shots.items()}
-    columns = min(10, *map(len, rows.values()))
+    shots, notes = _previews(samples, size)
+    if not shots:
+        return Section("Samples while training", notes=notes or ["No preview has been drawn yet."])
+    rows = {seen: shot.row for seen, shot in shots.items()}
+    columns = min(map(len, rows.values()))
     if columns == 0:
         return Section("Samples while training", notes=["The previews are of another size."])
     few = [list(rows)[k] for k in _spread(len(rows), _MOST_ROWS)]
@@ -66,47 +70,75 @@ def timeline(samples: Path, config: Config, class_names: Sequence[str]) -> Secti
         "One row per preview, named by the images seen; a column has the same noise every time.",
         wide=True,
     )
-    frames = [list(shots)[k] for k in _spread(len(shots), _MOST_FRAMES)]
+    frames = list(shots)
     moving = _film(
         "timeline-film",
         "Timeline as a film",
         f"From {frames[0]:,} to {frames[-1]:,} images seen.",
-        [_cropped(shots[seen], size) for seen in frames],
+        [shots[seen].frame for seen in frames],
     )
     return Section("Samples while training", [strip, moving], notes)
 
 
-def _previews(samples: Path) -> tuple[dict[int, np.ndarray], list[str]]:
-    """Pictures by the images seen, and what is wrong with the others."""
-    found, notes = {}, []
+class _Shot(NamedTuple):
+    """What is shown of a preview: its first row of images, and as much as a film has room for."""
+
+    row: Pixels
+    frame: Frame
+
+
+def _previews(samples: Path, size: int) -> tuple[dict[int, _Shot], list[str]]:
+    """Evenly chosen previews by the images seen, and what is wrong with others.
+
+    At most 40 of them, and fewer where all together have more pixels than `_SHOWN_PIXELS`.
+    """
+    files: dict[int, Path] = {}
+    notes = []
     for file in sorted(samples.glob("preview-*.png")):
-        seen = file.stem.removeprefix("preview-")
-        if not (seen.isascii() and seen.isdecimal()) or len(seen) > 18:
-            continue
+        number = file.stem.removeprefix("preview-")
+        if number.isascii() and number.isdecimal() and len(number) <= 18:
+            files[int(number)] = file
+    few = [list(files)[k] for k in _spread(len(files), _MOST_FRAMES)]
+    pixels = {}
+    for seen in few:
         try:
-            found[int(seen)] = picture_of(file)
+            pixels[seen] = math.prod(png_header(files[seen]).size)
+        except (OSError, ValueError) as refused:
+            notes.append(f"{files[seen].name} is left out: {why(refused)}.")
+    most = max(2, _SHOWN_PIXELS // max(pixels.values(), default=1))
+    found = {}
+    for seen in [list(pixels)[k] for k in _spread(len(pixels), most)]:
+        try:
+            found[seen] = _shot(picture_of(files[seen]), size)
         except DataError as refused:
-            notes.append(f"{file.name} is left out: {refused}.")
-    shapes = [picture.shape[2:] for picture in found.values()]
-    same = {seen: p for seen, p in found.items() if p.shape[2:] == shapes[-1]}
-    return same, notes
+            notes.append(f"{files[seen].name} is left out: {refused}.")
+    shapes = [shot.frame.shape[2:] for shot in found.values()]
+    return {seen: shot for seen, shot in found.items() if shot.frame.shape[2:] == shapes[-1]}, notes
 
 
-def picture_of(file: Path) -> Frame:
-    """Decode a picture of a run's directory.
+def _shot(picture: Frame, size: int) -> _Shot:
+    """Copy the parts that are shown, so that the rest of a picture can be let go."""
+    return _Shot(_first_row(picture, size), _cropped(picture, size).copy())
+
+
+def picture_of(file: Path, most_pixels: int = MAX_PIXELS) -> Frame:
+    """Decode a picture of a run's directory, if it has no more than so many pixels.
 
     Raises:
         DataError: giving the reason alone, if it is none.
     """
-    image = read(file)
+    try:
+        image = read_png(file, most_pixels)
+    except (OSError, ValueError) as refused:
+        raise DataError(why(refused)) from None
     pixels = np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _first_row(picture: Frame, size: int, gap: int = 2) -> Pixels:
-    """Cut the images out of a grid's first row."""
+    """Cut the first ten images out of a grid's first row."""
     count = (picture.shape[1] + gap) // (size + gap) if picture.shape[0] >= size else 0
-    starts = [k * (size + gap) for k in range(count)]
+    starts = [k * (size + gap) for k in range(min(count, _MOST_COLUMNS))]
     cells = [picture[:size, x : x + size].transpose(2, 0, 1) for x in starts]
     return np.array(cells, np.uint8).reshape(-1, picture.shape[2], size, size)
 
@@ -284,17 +316,20 @@ def _square(images: Pixels, margin: int = 8) -> Frame:
 def pictures_in(folder: Path, most: int = 20) -> tuple[list[Picture], list[str]]:
     """The PNG files of a folder and of those in it, and what is wrong with the others.
 
-    They are decoded and written anew.
+    They are decoded and written anew, as long as all together have no more than `_WRITTEN_PIXELS`.
     """
+    left = _WRITTEN_PIXELS
     found: list[Picture] = []
     notes = []
     files = [file for at in ("*.png", "*/*.png") for file in sorted(folder.glob(at))]
     for file in [file for file in files if file.name[0] != "."][:most]:
         name = str(file.relative_to(folder))
         try:
-            content = png(picture_of(file))
+            picture = picture_of(file, left)
+            content = png(picture)
         except DataError as refused:
             notes.append(f"{name} is left out: {refused}.")
         else:
+            left -= picture.shape[0] * picture.shape[1]
             found.append(Picture(f"evaluation-{len(found)}", "png", name, "", content))
     return found, notes

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from rediffuse.errors import ConfigError
+from rediffuse.rasters import read_png
 from rediffuse.tracking.tracker import Held, Row
 
 
@@ -90,7 +90,10 @@ class TensorBoard:
     def artifact(self, path: Path, name: str, images_seen: int) -> None:
         """Show a PNG, under its name without the number; other files stay in the run only."""
         if path.suffix == ".png":
-            pixels = np.asarray(Image.open(path, formats=["PNG"]).convert("RGB"))
+            try:
+                pixels = np.asarray(read_png(path).convert("RGB"))
+            except (OSError, ValueError):  # it is damaged, and would be so the next time
+                return
             tag = name.removesuffix(".png").rpartition("-")[0] or name
             self._writer.add_image(tag, pixels, images_seen, dataformats="HWC")
 

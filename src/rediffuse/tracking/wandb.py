@@ -16,9 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from rediffuse.errors import ConfigError, RunError
+from rediffuse.rasters import read_png
 from rediffuse.tracking.jsonl import is_evaluation
 from rediffuse.tracking.tracker import Held, Row
 
@@ -99,8 +98,11 @@ class Wandb:
         if path.suffix == ".png" and images_seen >= self._held:
             import wandb
 
+            try:
+                picture = wandb.Image(read_png(path))
+            except (OSError, ValueError):  # it is damaged, and would be so the next time
+                return
             tag = name.removesuffix(".png").rpartition("-")[0] or name
-            picture = wandb.Image(Image.open(path, formats=["PNG"]))
             self._log({tag: picture}, images_seen, path.stat().st_mtime)
 
     def close(self, status: str) -> None:
