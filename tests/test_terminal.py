@@ -2,6 +2,7 @@
 
 import fcntl
 import inspect
+import io
 import json
 import os
 import pty
@@ -26,7 +27,7 @@ from rediffuse.cli import _STEPS, main
 from rediffuse.cli import rediffuse as program
 from rediffuse.config.compose import compose, leaves
 from rediffuse.progress import Progress
-from rediffuse.words import json_text, say, visible
+from rediffuse.words import json_text, say, tell, visible
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 WHOLE = re.compile(r"\S*/\S+|\b[0-9a-f]{32}\b")  # paths and ids are copied, and never broken
@@ -392,4 +393,30 @@ def test_only_one_place_writes_to_the_terminal() -> None:
         if re.search(r"(?<!\.)\b(print|click\.echo|click\.secho)\(|\bstd(out|err)\.write\(", line)
         and not re.search(r"click\.echo\((json_text\(|script\))", line)
     ]
-    assert found == ["words.py: print(line, file=stream, flush=True)"]
+    assert found == ["words.py: print(encodable(line, stream), file=stream, flush=True)"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_an_output_of_any_encoding_gets_every_line(encoding: str) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding)
+    tell("in  größe/猫 …", stream)
+    assert len(written.getvalue().decode(encoding).splitlines()) == 1
+    assert written.getvalue().decode(encoding).startswith("in  gr")
+    if encoding == "ascii":
+        assert written.getvalue() == b"in  gr\\xf6\\xdfe/\\u732b ~\n"
+
+
+@pytest.mark.parametrize("columns", [20, 30, 80])
+def test_a_narrow_terminal_loses_no_value(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    facts = {"data.validation_images_asked_for": "4321", "id": "0123456789abcdef0123456789abcdef"}
+    tables.facts(facts)
+    row = ("0123abcd", "FINISHED", "2026-11-30 20:57", "1,234,567")
+    tables.table(("id", "status", "created", "images"), [row, row], left=("id",))
+    seen = capsys.readouterr().out
+    assert max(map(cell_len, seen.splitlines())) <= columns
+    assert all(word in re.sub(r"\s", "", seen) for word in [*facts, *facts.values()])
+    assert all(seen.count(cell) == 2 for cell in row)

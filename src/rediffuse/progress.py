@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from rediffuse.words import tell, visible_lines
+from rediffuse.words import encodable, tell, visible_lines
 
 LINE_EVERY_S, SILENT_S = 10.0, 1.0
 _WIDEST = 100  # columns of a line with its bar
@@ -72,7 +72,7 @@ class Progress:
             tell(line, stream)
         else:
             with suppress(OSError, ValueError):
-                self._bar.write(visible_lines(line), file=stream)
+                self._bar.write(encodable(visible_lines(line), stream), file=stream)
 
     def close(self) -> None:
         """End the bar."""

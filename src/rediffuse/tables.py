@@ -10,6 +10,7 @@ from textwrap import TextWrapper
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -32,10 +33,20 @@ def table(
     """Print rows under their heads: the columns `left` and `fold` on the left, others on the right.
 
     Where there is too little room, the column `cut` ends in an ellipsis, and those of `fold` go on
-    below. On a terminal, a cell whose whole content is in `styles` has that style.
+    below; where that does not suffice, each row is printed as a list. On a terminal, a cell whose
+    whole content is in `styles` has that style.
     """
     console, rows = _console(), [[visible(cell) for cell in row] for row in rows]
     natural = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
+    least = [
+        min(width, _LEAST_CUT) if name == cut or name in fold else width
+        for name, width in zip(head, natural, strict=True)
+    ]
+    if sum(least) + len(head) - 1 > console.width:
+        for row in rows:
+            _stacked(dict(zip(head, row, strict=True)), console)
+            tell("", sys.stdout)
+        return
     gap = 2 if sum(natural) + 2 * len(head) <= console.width else 1
     over = sum(natural) + gap * (len(head) - 1) - console.width
     drawn = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
@@ -53,13 +64,25 @@ def table(
 
 
 def facts(named: Mapping[str, str]) -> None:
-    """Print names, and what is to be said of them, one per line."""
+    """Print names and their values, one per line; below each other on a narrow terminal."""
+    console = _console()
+    named = {visible(name): visible(value) for name, value in named.items()}
+    if console.width < max(map(cell_len, named), default=0) + 2 + _LEAST_CUT:
+        _stacked(named, console)
+        return
     drawn = Table.grid(padding=(0, 2, 0, 0))
     drawn.add_column(no_wrap=True)
     drawn.add_column(overflow="fold")
     for name, value in named.items():
-        drawn.add_row(Text(visible(name)), Text(visible(value)))
-    _show(drawn, _console())
+        drawn.add_row(Text(name), Text(value))
+    _show(drawn, console)
+
+
+def _stacked(named: Mapping[str, str], console: Console) -> None:
+    """Print each value below its name, for a terminal with no room for both side by side."""
+    for name, value in named.items():
+        _show(Text(name, overflow="fold"), console)
+        _show(Padding(Text(value, overflow="fold"), (0, 0, 0, 2)), console)
 
 
 def verdict(word: str, name: str, told: str) -> None:

@@ -72,4 +72,20 @@ def tell_styled(line: str, stream: Any) -> None:
     """The same for a line that holds escape sequences of our own."""
     if stream is not None:
         with suppress(OSError, ValueError):
-            print(line, file=stream, flush=True)
+            print(encodable(line, stream), file=stream, flush=True)
+
+
+def encodable(line: str, stream: Any) -> str:
+    """Replace characters that a stream's encoding lacks by escapes such as `\\xfc`.
+
+    Otherwise Python raises an error, and the whole line is lost.
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return line.translate(_IN_ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    return line
+
+
+_IN_ASCII = str.maketrans({"…": "~", "±": "~", "×": "x", "–": "-", "—": "-", "→": ">"})  # as wide
