@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from rediffuse import build
-from rediffuse.config.compose import checked, compose, dump_yaml, read_yaml
+from rediffuse.config.compose import checked, compose, dump_yaml, part_from_file, read_yaml
 from rediffuse.config.schema import Part
 from rediffuse.legality import check
 from rediffuse.ranges import Range
@@ -54,7 +54,8 @@ def test_every_part_can_be_chosen_by_its_file_name(file: Path) -> None:
     wanted = yaml.safe_load(file.read_text())
     wanted = wanted.get(axis, wanted)  # schedule=edm also sets sigma_data
     config = compose([f"{axis}={file.stem}"])
-    found = getattr(config.sampling, axis, None) or getattr(config, axis)
+    found = getattr(config.sampling, axis, None) or getattr(config, axis, None)
+    found = found or Part.model_validate(config.model.arguments[axis])
     assert found.name == wanted["name"]
     if axis == "data":
         found = found.source
@@ -109,6 +110,48 @@ def test_a_users_own_configs_folder_shadows_ours(
     config = compose(["rate=constant", "target=mine"])
     assert config.rate.horizon_images == 7
     assert config.target.arguments == {"sigma_data": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "part"),
+    [
+        (["norm=batch"], "model.norm", {"name": "batch", "eps": 1e-5}),
+        (["model.norm=batch"], "model.norm", {"name": "batch", "eps": 1e-5}),
+        (["model.norm.name=batch"], "model.norm", {"name": "batch"}),
+        (
+            ["model.norm.eps=1e-3", "model.norm.name=layer"],
+            "model.norm",
+            {"name": "layer", "eps": 1e-3},
+        ),
+        (["model.name=mlp.MLP"], "model", {"name": "mlp.MLP"}),
+        (["model.depth=2", "model.name=mlp.MLP"], "model", {"name": "mlp.MLP", "depth": 2}),
+        (["sampling.solver=heun", "solver=ddim"], "sampling.solver", None),
+        (
+            ["sampling.solver.name=ddim", "experiment=cifar10_ddpm"],
+            "sampling.solver",
+            {"name": "ddim"},
+        ),
+        (["optimizer.name=adam"], "optimizer", {"name": "adam"}),
+        (["schedule.name=flow"], "schedule", {"name": "flow"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_part_of_another_name_has_none_of_the_old_ones_arguments(
+    words: list[str], section: str, part: dict[str, Any] | None
+) -> None:
+    tree = compose(words).model_dump()
+    for name in section.split("."):
+        tree = tree[name]
+    assert tree == (part or part_from_file("solver", "heun"))
+
+
+def test_what_all_parts_of_a_section_share_stays_when_its_name_changes(tmp_path: Path) -> None:
+    config = compose(["rate.name=linear", "data.name=mnist"])
+    assert config.rate.arguments == {}
+    assert (config.data.image_size, config.data.arguments) == (8, {})
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  norm: batch\n")
+    assert compose([], file).model.arguments["norm"] == {"name": "batch", "eps": 1e-5}
 
 
 def test_a_users_own_part_needs_trust_once_it_comes_with_a_run(

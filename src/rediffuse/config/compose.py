@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from rediffuse.config import group_files
-from rediffuse.config.schema import DECLARED, FREE, Config
+from rediffuse.config.schema import DECLARED, FREE, Config, Part
 from rediffuse.errors import ConfigError
 from rediffuse.reading import read_bytes
 from rediffuse.words import did_you_mean, tell
@@ -96,14 +96,32 @@ def set_values(tree: Tree, values: Sequence[tuple[str, Any]]) -> None:
     full += _replaced_lengths(given)
     if _HORIZON in given and _FOLLOWS not in given:
         full.append((_FOLLOWS, dict(full)[_HORIZON] is None))  # a typed horizon stays
-    for key, value in full:
+    for key, value in sorted(full, key=lambda pair: not pair[0].endswith(".name")):
         *sections, last = key.split(".")
         at = tree
         for section in sections:
             if not isinstance(at.get(section), dict):
                 raise ConfigError(unknown_key(key, tree))
             at = at[section]
-        at[last] = value
+        if last == "name" and sections and at.get("name", value) != value:
+            _drop_arguments(at, sections)
+        at[last] = _of_another_name(last, at.get(last), value)
+
+
+def _drop_arguments(part: Tree, sections: Sequence[str]) -> None:
+    """Remove the arguments of a part that is about to get another name; they were the old one's."""
+    field = Config.model_fields.get(".".join(sections))
+    kept = getattr(field.annotation if field else Part, "model_fields", {})
+    for key in set(part) - set(kept):
+        del part[key]
+
+
+def _of_another_name(axis: str, part: Any, value: Any) -> Any:
+    """What a part becomes that is set to a name alone (`model.norm=batch`): what its file says."""
+    if not (isinstance(value, str) and isinstance(part, dict) and "name" in part):
+        return value
+    own = part_from_file(axis, value)
+    return own.get(axis, own) or {"name": value}
 
 
 def _replaced_lengths(given: Collection[str]) -> list[tuple[str, None]]:
@@ -398,7 +416,11 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
     for group, choice in choices.items():
         _check_choice(group, choice, groups[group])
     place = {axis: f"{axis}@sampling.{axis}" for axis in _OF_SAMPLING}
-    words = [f"{place.get(group, group)}={choice}" for group, choice in choices.items()]
+    words = [
+        f"{place.get(group, group)}={choice}"
+        for group, choice in choices.items()
+        if group != "norm"
+    ]
     if "data" in choices and "experiment" not in choices:
         words.append("~experiment")  # the default preset is made for its own images
     try:
@@ -417,7 +439,9 @@ def _chosen(choices: Mapping[str, str], groups: Mapping[str, list[str]]) -> Tree
     finally:
         GlobalHydra.instance().clear()
     for group in choices:
-        if group != "data":
+        if group == "norm":
+            tree["model"]["norm"] = part_from_file("norm", choices["norm"])
+        elif group != "data":
             _give_way(tree, group, choices[group])
     return tree
 
@@ -463,7 +487,7 @@ def _merge(tree: Tree, more: Mapping[str, Any]) -> None:
             else:
                 _merge(mine, value)
         else:
-            tree[key] = value
+            tree[key] = _of_another_name(key, mine, value)
 
 
 _OF_SAMPLING = ("solver", "grid", "guidance", "threshold")

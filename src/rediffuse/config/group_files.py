@@ -159,7 +159,7 @@ def _foreign_mark_of(group: str, file: Path, changed: int, size: int) -> str | N
         return _unknown(tree, [*Config.model_fields, *_OF_SAMPLING, "defaults"])
     if group == "experiment":
         raise ConfigError(f"{file}: an experiment begins with the line `# @package _global_`")
-    if group in _OF_SAMPLING or issubclass(_section(group), Part):
+    if group in (*_OF_SAMPLING, "norm") or issubclass(_section(group), Part):
         return None if isinstance(tree.get("name"), str) else "it has no `name`"
     return _unknown(tree, [*_section(group).model_fields, "defaults"])
 
