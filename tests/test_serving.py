@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import yaml
 from cli import TINY, rediffuse, run_id
 from PIL import Image
 
-from rediffuse import api
+from rediffuse import api, launch, runs, serving
+from rediffuse.config.compose import compose
+from rediffuse.errors import ConfigError
 from rediffuse.serving import export
 from rediffuse.tracking import mlflow
 
@@ -52,6 +55,39 @@ def store(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
     uri = f"sqlite:///{root / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture
+def own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words that train a run with a weighting of one's own."""
+    (tmp_path / "my_lab.py").write_text(
+        "import torch\n\ndef heavy(schedule, t, target):\n    return torch.full_like(t, 2.0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return [*TINY, "training.images=48", "training.previews=false", "weighting.name=my_lab.heavy"]
+
+
+def test_a_run_with_a_part_of_ones_own_is_loaded_and_resumed_as_it_says(
+    own_part: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert launch.train(compose(own_part), root=tmp_path) == 0
+    (run,) = runs.list_runs(tmp_path)
+    said = re.findall("(?:resume|sample)  rediffuse (.*)", capfd.readouterr().out)
+    begun = [f"{verb} {run.id} --trust my_lab" for verb in ("resume", "sample")]
+    assert said == [*begun, f"{begun[0]} training.images=96", begun[1]]
+    export(run.directory, tmp_path / "model")
+    monkeypatch.delenv("REDIFFUSE_TRUST", raising=False)
+    with pytest.raises(ConfigError, match="if you trust that code, set REDIFFUSE_TRUST=my_lab,"):
+        serving._load_pyfunc(str(tmp_path / "model"))
+    monkeypatch.setenv("REDIFFUSE_TRUST", "my_lab")
+    generator = serving._load_pyfunc(str(tmp_path / "model"))
+    trusted = api.load(run, trusted=["my_lab"])
+    assert (
+        pixels(generator.predict(pandas.DataFrame({"image": [3]}))) == api.sample(trusted, [3])
+    ).all()
 
 
 def pixels(answer: list[dict[str, Any]]) -> np.ndarray:

@@ -96,6 +96,23 @@ def names(axis: str) -> list[str]:
     )
 
 
+def own_packages(config: Config) -> list[str]:
+    """The packages of the user's own that a run's parts are in, which `--trust` names."""
+    return list(dict.fromkeys(_own_packages(config.model_dump())))
+
+
+def _own_packages(tree: Mapping[str, Any]) -> Iterator[str]:
+    for axis, part in tree.items():
+        if not isinstance(part, Mapping):
+            continue
+        name = part.get("name")
+        if axis in AXES and isinstance(name, str) and name not in names(axis):
+            package, _, function = name.partition(".")
+            if function and package.isidentifier():
+                yield package
+        yield from _own_packages(part)
+
+
 def schedule(config: Config, trusted: Sequence[str] | None = None) -> Schedule:
     """The schedule of a run."""
     built: Schedule = bind("schedule", config.schedule, "schedule", trusted)()

@@ -27,7 +27,7 @@ from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingErr
 from rediffuse.evaluation.figures import short
 from rediffuse.images import Images, of_run, prepare
 from rediffuse.legality import check, check_new
-from rediffuse.lengths import check_rate, next_command, planned_images, with_horizon
+from rediffuse.lengths import check_rate, command, next_command, planned_images, with_horizon
 from rediffuse.processes import exit_code
 from rediffuse.randomness import RNG_SCHEME, Stream, normal, torch_seeded
 from rediffuse.runs import Record, Run
@@ -557,7 +557,7 @@ def _go(
             raise
         raise TrainingError(
             f"{failed.filename or run.directory}: {failed.strerror or failed}; the last checkpoint "
-            f"is untouched: mend that, then rediffuse resume {run.id}"
+            f"is untouched: mend that, then {command('resume', run.id, config)}"
         ) from failed
     session.farewell(state, reason)
     return interrupts.agreed(exit_code(stopped_by) if stopped_by else 0)

@@ -80,6 +80,12 @@ def check_rate(
     say(told)
 
 
+def command(verb: str, run_id: str, config: Config) -> str:
+    """A command about a run as it is typed, with `--trust` for parts of the user's own."""
+    trust = "".join(f" --trust {package}" for package in build.own_packages(config))
+    return f"rediffuse {verb} {run_id}{trust}"
+
+
 def longer(run_id: str, config: Config) -> str:
     """The command that trains a finished run for as long again."""
     training, rate = config.training, config.rate
@@ -89,14 +95,16 @@ def longer(run_id: str, config: Config) -> str:
     typed = None if rate.horizon_follows_plan else rate.horizon_images
     # A rate that has fallen to the end of a typed horizon would stay there.
     farther = f" rate.horizon_images={2 * typed}" if typed and rate.name != "constant" else ""
-    return f"rediffuse resume {run_id} training.{length}{farther}"
+    return f"{command('resume', run_id, config)} training.{length}{farther}"
 
 
 def next_command(
     run_id: str, config: Config, images_seen: int, planned: int, checks_since_best: int
 ) -> str:
     """The command that goes on with a run that has ended, at its planned length or before."""
-    going_on = longer(run_id, config) if images_seen >= planned else f"rediffuse resume {run_id}"
+    going_on = command("resume", run_id, config)
+    if images_seen >= planned:
+        going_on = longer(run_id, config)
     patience = config.training.early_stopping_checks
     if patience is None or checks_since_best < patience:
         return going_on

@@ -6,6 +6,7 @@ the weights of one checkpoint, as safetensors. MLflow calls `_load_pyfunc` by it
 
 import base64
 import io
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from rediffuse.build import own_packages
 from rediffuse.config.compose import checked, read_yaml
 from rediffuse.config.schema import Sampling
 from rediffuse.drawing import Job, classes_for, draw
@@ -50,9 +52,25 @@ def left_open(how: Sampling) -> dict[str, Any]:
     return {"seed": 0, "steps": how.steps, "guidance": scale, "solver": ""}
 
 
+TRUST = "REDIFFUSE_TRUST"
+"""The environment variable that names, with commas, packages that a model may import."""
+
+
 def _load_pyfunc(data_path: str) -> "Generator":
+    """Load a model; one with parts of the user's own needs their packages in $REDIFFUSE_TRUST.
+
+    Raises:
+        ConfigError: naming the packages to be trusted, or that cannot be imported.
+    """
     (directory,) = Path(data_path).iterdir()
-    return Generator(load(directory))
+    trusted = [name for name in os.environ.get(TRUST, "").split(",") if name]
+    needed = own_packages(checked(read_yaml(Run(directory).config)))
+    if missing := [name for name in needed if name not in trusted]:
+        raise ConfigError(
+            f"this model has parts of {', '.join(missing)}; if you trust that code, set "
+            f"{TRUST}={','.join([*trusted, *missing])}, and PYTHONPATH to where it lies"
+        )
+    return Generator(load(directory, trusted=trusted))
 
 
 class Generator:

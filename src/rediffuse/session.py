@@ -19,7 +19,7 @@ from rediffuse.data.batches import Batch, fixed
 from rediffuse.errors import RediffuseError
 from rediffuse.images import Images
 from rediffuse.judging import Proxy
-from rediffuse.lengths import next_command, planned_images
+from rediffuse.lengths import command, next_command, planned_images
 from rediffuse.models import Model
 from rediffuse.pictures import columns_for, grid
 from rediffuse.progress import Progress
@@ -319,12 +319,12 @@ class Session:
         if self._drawn_at is not None:
             say(f"  images  {self.picture}")
         say(f"  metrics {run.epochs}")
-        going_on = f"rediffuse resume {run.id}"
+        going_on = command("resume", run.id, self.config)
         if run.read().status == "FINISHED":
             ended = state.images_seen, self.planned, state.checks_since_best
             going_on = next_command(run.id, self.config, *ended)
         say(f"  resume  {going_on}")
-        say(f"  sample  rediffuse sample {run.id}")
+        say(f"  sample  {command('sample', run.id, self.config)}")
 
     def _announce(self, state: TrainState) -> None:
         run, training = self.run, self.config.training
@@ -340,8 +340,8 @@ class Session:
         device = self.recipe.devices.device
         say(f"model   {weights:,} parameters on {device}, {self.config.determinism}")
         say(f"trains  {until}")
-        say(f"resume  rediffuse resume {run.id}")
-        say(f"sample  rediffuse sample {run.id}")
+        say(f"resume  {command('resume', run.id, self.config)}")
+        say(f"sample  {command('sample', run.id, self.config)}")
 
     def _say(self, line: str) -> None:
         """Tell the user one line, above the bar."""

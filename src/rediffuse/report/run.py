@@ -12,7 +12,7 @@ from rediffuse.config.schema import Config
 from rediffuse.errors import RediffuseError
 from rediffuse.launch import load_config
 from rediffuse.legality import check_sampling
-from rediffuse.lengths import next_command, planned_images
+from rediffuse.lengths import command, next_command, planned_images
 from rediffuse.models import Model, find, load
 from rediffuse.processes import alone
 from rediffuse.report import curves, images, page
@@ -149,13 +149,13 @@ def _parameters(config: Config, classes: int, trust: Sequence[str]) -> int | Non
 
 def _commands(run: Run, facts: Facts, config: Config) -> dict[str, str]:
     """What to type next."""
-    going_on = f"rediffuse resume {run.id}"
+    going_on = command("resume", run.id, config)
     if facts["status"] == "FINISHED":
         data = facts["data"] if isinstance(facts["data"], dict) else {}
         per_epoch = data.get("train_images") or 1
         ended = facts["images"], planned_images(config, per_epoch), _checks_since_best(run)
         going_on = next_command(run.id, config, *ended)
-    found = {"resume": going_on, "sample": f"rediffuse sample {run.id}"}
+    found = {"resume": going_on, "sample": command("sample", run.id, config)}
     if len(facts["command"]) > 1:
         found["was started by"] = overview.command_line(facts["command"])
     return found
