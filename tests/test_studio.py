@@ -3,12 +3,14 @@
 The last part drives the page in a real browser, on a run that was really trained.
 """
 
+import asyncio
 import http.client
 import io
 import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -422,7 +424,11 @@ def served(trained: tuple[Path, str], tmp_path_factory) -> Iterator[SimpleNamesp
             assert process.stdout
             word, address = process.stdout.readline().split() or ("", log.read_text())
             assert word == "studio", address
-            yield SimpleNamespace(address=address, root=root, run=Run(root / trained[1]))
+            base, token = address.split("?token=")
+            assert len(token) == 32
+            yield SimpleNamespace(
+                address=address, base=base, token=token, root=root, run=Run(root / trained[1])
+            )
             process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell has put aside
             assert process.wait(30) == 0
         finally:
@@ -431,7 +437,7 @@ def served(trained: tuple[Path, str], tmp_path_factory) -> Iterator[SimpleNamesp
 
 
 def answer(address: str, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:
-    host, _, port = address.removeprefix("http://").rstrip("/").partition(":")
+    host, _, port = address.removeprefix("http://").partition("/")[0].partition(":")
     there = http.client.HTTPConnection(host, int(port), timeout=30)
     try:
         there.request(method, path, headers=headers)
@@ -441,16 +447,106 @@ def answer(address: str, path: str, method: str = "GET", **headers: str) -> tupl
         there.close()
 
 
+def cookie(served: SimpleNamespace) -> dict[str, str]:
+    """What a browser sends after it has opened the printed address."""
+    status, headers, _ = answer(served.base, f"/?token={served.token}")
+    assert status == 200
+    assert "HttpOnly; SameSite=Strict" in headers["Set-Cookie"]
+    return {"Cookie": headers["Set-Cookie"].partition(";")[0]}
+
+
 def test_the_server_hands_out_no_file_and_answers_no_stranger(served):
-    status, headers, body = answer(served.address, "/")
+    known = cookie(served)
+    status, headers, body = answer(served.base, "/", **known)
     assert status == 200
     assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "Set-Cookie" not in headers
     assert b"Rediffuse" in body
     for file in ("/etc/passwd", served.run.config, "config.yaml", f"{served.run.id}/config.yaml"):
-        assert answer(served.address, f"/gradio_api/file={file}")[0] in (403, 404)
-    assert answer(served.address, "/", Host="evil.example")[0] == 403
+        assert answer(served.base, f"/gradio_api/file={file}", **known)[0] in (403, 404)
+    assert answer(served.base, "/", Host="evil.example", **known)[0] == 403
     for path in ("/", "/gradio_api/upload", "/gradio_api/queue/join"):
-        assert answer(served.address, path, "POST", Origin="http://evil.example")[0] == 403
+        strange = {"Origin": "http://evil.example", **known}
+        assert answer(served.base, path, "POST", **strange)[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("GET", "/config"),
+        ("GET", "/gradio_api/info"),
+        ("GET", "/gradio_api/queue/data?session_hash=a"),
+        ("GET", "/gradio_api/heartbeat/a"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/run/predict"),
+    ],
+)
+def test_without_the_token_nothing_is_answered(served, method, path):
+    name = cookie(served)["Cookie"].partition("=")[0]
+    for wrong in ({}, {"Cookie": f"{name}=wrong"}, {"Cookie": f"{name}="}):
+        status, headers, body = answer(served.base, path, method, **wrong)
+        assert status == 401
+        assert b"the whole address that `rediffuse studio` printed" in body
+        assert "Set-Cookie" not in headers
+    more = "&token=wrong" if "?" in path else "?token=wrong"
+    assert answer(served.base, path + more, method)[0] == 401
+
+
+def asgi_answer(token: str | None, *, app: Any, path: str = "/") -> list[dict[str, Any]]:
+    """What the guard sends for a request, in process."""
+    serve = pytest.importorskip("rediffuse.studio.serve")
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1:7")],
+        "server": ("127.0.0.1", 7),
+        "scheme": "http",
+    }
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(serve.Guard(app, token)(scope, receive, send))
+    return sent
+
+
+async def reads_body(scope: Any, receive: Any, send: Any) -> None:
+    """As Gradio's routes read what they are sent."""
+    from starlette.requests import Request
+
+    await Request(scope, receive).body()
+
+
+async def empty_answer(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+
+
+def test_no_token_answers_every_user_and_a_token_only_who_has_it():
+    assert asgi_answer(None, app=empty_answer)[0]["status"] == 204
+    assert asgi_answer("secret", app=empty_answer)[0]["status"] == 401
+
+
+def test_a_client_that_goes_away_is_no_fault():
+    assert asgi_answer(None, app=reads_body) == []
+
+
+def test_a_client_that_goes_away_leaves_no_traceback(served):
+    """`served` reads the log at the end."""
+    host, port = served.base.removeprefix("http://").rstrip("/").split(":")
+    for path in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
+        with socket.create_connection((host, int(port)), 30) as there:
+            lines = [f"POST {path} HTTP/1.1", f"Host: {host}:{port}", "Content-Length: 100"]
+            lines += [f"Cookie: {cookie(served)['Cookie']}", "Content-Type: application/json"]
+            there.sendall("\r\n".join([*lines, "", '{"data"']).encode())
+    assert answer(served.base, "/", **cookie(served))[0] == 200  # it was heard, and goes on
 
 
 # A browser
@@ -479,7 +575,7 @@ def page(browser: Any, served: SimpleNamespace) -> Iterator[Any]:
     yield page
     there.close()
     assert [text for text in heard if not OF_THE_CANVAS.match(text)] == []
-    assert {url for url in asked if not url.startswith((served.address, "data:", "blob:"))} == set()
+    assert {url for url in asked if not url.startswith((served.base, "data:", "blob:"))} == set()
 
 
 def opened(there: Any, address: str, heard: list[str], asked: list[str]) -> Any:

@@ -18,13 +18,28 @@ from rediffuse.errors import ConfigError
     help="Of 127.0.0.1; 0 is any that is free.",
 )
 @click.option("--open/--no-open", "opens", default=True, help="Show it in a browser at once.")
+@click.option(
+    "--token/--no-token",
+    "with_token",
+    default=True,
+    show_default=True,
+    help="Answer only who has the token of the address; without it, every user of this machine.",
+)
 @click.option("--device", default="auto", show_default=True)
 @options.root
 @options.trust
-def studio(root: Path | None, trust: tuple[str, ...], device: str, port: int, opens: bool) -> int:
+def studio(
+    root: Path | None,
+    trust: tuple[str, ...],
+    device: str,
+    port: int,
+    opens: bool,
+    with_token: bool,
+) -> int:
     """Open a page on the runs of a root: draw, watch, cancel, edit, compare, see runs train.
 
-    It is served to this machine alone, and needs no network.
+    It is served to this machine alone, to whoever has the address that is printed, and needs no
+    network.
 
     \b
     Examples:
@@ -37,4 +52,4 @@ def studio(root: Path | None, trust: tuple[str, ...], device: str, port: int, op
     from rediffuse.studio import serve
     from rediffuse.studio.desk import Desk
 
-    return serve.studio(Desk(runs_root(root), trust, device), port, opens)
+    return serve.studio(Desk(runs_root(root), trust, device), port, opens, with_token)

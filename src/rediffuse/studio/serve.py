@@ -1,8 +1,11 @@
 """Open the page to this machine alone, and keep every other site out of it."""
 
+import hmac
 import os
+import secrets
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -11,6 +14,7 @@ from typing import Any
 import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,23 +48,34 @@ POLICY = "; ".join(
 
 
 class Guard:
-    """Answer only those who came by our own name, and only our own page.
+    """Answer only requests that have the token, name this machine, and come from our own page.
 
-    Without it, any site that the user visits could send requests here: under a name of its own that
-    leads to this machine (DNS rebinding), or blindly, from a form (CSRF).
+    Without the names, any site that the user visits could send requests here: under a name of its
+    own that leads to this machine (DNS rebinding), or blindly, from a form (CSRF). Without the
+    token, every user of this machine could. It comes in the address that is printed, as Jupyter's
+    does, and then as a cookie that scripts cannot read and other sites cannot send.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, token: str | None = None) -> None:
+        self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on and send the policy with the answer."""
         if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         headers = Headers(scope=scope)
         if scope["type"] != "http" or not is_ours(headers.get("host"), headers.get("origin")):
             refused = PlainTextResponse("this page is for its own machine alone", 403)
-            return await refused(scope, receive, send)
+            await refused(scope, receive, send)
+            return
+        request = HTTPConnection(scope)
+        cookie = f"rediffuse-studio-{request.url.port}"  # all ports of a host share their cookies
+        typed = self._is_token(request.query_params.get("token"))
+        if not (typed or self._is_token(request.cookies.get(cookie)) or _is_start(request)):
+            refused = PlainTextResponse(f"{_NO_TOKEN}\n", 401)
+            await refused(scope, receive, send)
+            return
 
         async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -68,9 +83,26 @@ class Guard:
                 held["Content-Security-Policy"] = POLICY
                 held["Referrer-Policy"] = "no-referrer"
                 held["X-Content-Type-Options"] = "nosniff"
+                if self.token and typed:
+                    rules = "Path=/; HttpOnly; SameSite=Strict"
+                    held.append("Set-Cookie", f"{cookie}={self.token}; {rules}")
             await send(message)
 
-        return await self.app(scope, receive, with_policy)
+        with suppress(ClientDisconnect):  # it left while it was sending, and waits for no answer
+            await self.app(scope, receive, with_policy)
+
+    def _is_token(self, given: str | None) -> bool:
+        if self.token is None:
+            return True
+        return hmac.compare_digest((given or "").encode(), self.token.encode())
+
+
+_NO_TOKEN = "this page opens with the whole address that `rediffuse studio` printed, token included"
+
+
+def _is_start(request: HTTPConnection) -> bool:
+    """Whether it is the request that Gradio sends itself, once, when it starts; it says nothing."""
+    return request.url.path == "/gradio_api/startup-events"
 
 
 def is_ours(host: str | None, origin: str | None) -> bool:
@@ -79,8 +111,12 @@ def is_ours(host: str | None, origin: str | None) -> bool:
     return name in _OUR_NAMES and origin in (None, f"http://{host}")
 
 
-def launch(desk: Desk, port: int = 0, cache: Path | None = None) -> tuple[gr.Blocks, str]:
-    """Serve the page from a thread; return it, to be closed, and its address.
+def launch(
+    desk: Desk, port: int = 0, cache: Path | None = None, token: str | None = None
+) -> tuple[gr.Blocks, str]:
+    """Serve the page from a thread; return it, to be closed, and its address with the token.
+
+    Without a `token`, whoever may open ports of this machine may use the page.
 
     Raises:
         ConfigError: if the port is taken.
@@ -94,7 +130,7 @@ def launch(desk: Desk, port: int = 0, cache: Path | None = None) -> tuple[gr.Blo
         server_name=HOST,
         server_port=_free(port),
         max_file_size=MAX_FILE_BYTES,
-        app_kwargs={"middleware": [Middleware(Guard)]},
+        app_kwargs={"middleware": [Middleware(Guard, token=token)]},
         css_paths=Path(__file__).with_name("style.css"),
         theme=_theme(),
         footer_links=[],
@@ -110,15 +146,17 @@ def launch(desk: Desk, port: int = 0, cache: Path | None = None) -> tuple[gr.Blo
         quiet=True,
         prevent_thread_lock=True,
     )
-    return page, address
+    return page, f"{address}?token={token}" if token else address
 
 
-def studio(desk: Desk, port: int, opens: bool) -> int:
+def studio(desk: Desk, port: int, opens: bool, with_token: bool = True) -> int:
     """Serve the page until Ctrl-C; return the exit code."""
     alone("studio")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with TemporaryDirectory(prefix="rediffuse-studio-") as cache:
-        page, address = launch(desk, port, Path(cache))
+        page, address = launch(
+            desk, port, Path(cache), secrets.token_urlsafe(24) if with_token else None
+        )
         say(f"studio    {address}")
         say(f"runs      {desk.root}")
         say("Ctrl-C ends it")
