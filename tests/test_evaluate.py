@@ -618,7 +618,13 @@ def test_images_of_another_size_are_compared_where_a_size_is_given(
 def test_a_run_whose_images_have_changed_is_not_judged_by_others(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drift, "began", lambda run: {"data": {"fingerprint": "other"}})
+    began = drift.began
+
+    def changed(run: Any) -> dict[str, Any]:
+        facts = began(run)
+        return {**facts, "data": {**facts["data"], "fingerprint": "other"}}
+
+    monkeypatch.setattr(drift, "began", changed)
     with pytest.raises(RunError, match="not those that run"):
         evaluated(trained)
 

@@ -1,22 +1,37 @@
 """From a configuration to packed images, and which of them are for what."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Int64
 
 from rediffuse import build, drift
+from rediffuse.config.compose import (
+    checked,
+    dump_yaml,
+    joined,
+    leaves,
+    read_yaml,
+    set_values,
+    typed_values,
+)
 from rediffuse.config.schema import Data
-from rediffuse.data.packing import Packed, Part, pack
-from rediffuse.data.sources import AnySource
+from rediffuse.data.packing import FACTS, Packed, Part, differing, open_packed, pack, verify
+from rediffuse.data.sources import AnySource, counted
 from rediffuse.data.splits import split
-from rediffuse.errors import RunError
-from rediffuse.runs import Run
+from rediffuse.errors import ConfigError, DataError, RunError
+from rediffuse.runs import Run, locked
+from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import tell
 
 Rows = Int64[np.ndarray, " _"]  # any number of rows
 
@@ -57,16 +72,99 @@ def of_run(
         RunError: if they are others now.
         DataError: if they are missing, broken, or too few.
     """
+    data = located(run, data, trusted)
     images = prepare(data, run.directory.parent, trusted, whole=whole)
     known, found = drift.began(run).get("data"), images.facts()
     if known != found:
         before = known if isinstance(known, dict) else {}
-        differing = [key for key, value in found.items() if before.get(key) != value]
+        changed = [key for key, value in found.items() if before.get(key) != value]
         raise RunError(
-            f"the images are not those that run {run.id} was trained on ({', '.join(differing)} "
+            f"the images are not those that run {run.id} was trained on ({', '.join(changed)} "
             "changed); restore them, or start a new run with parent_run_id"
         )
     return images
+
+
+def place_keys(data: Data, trusted: Sequence[str] | None = None) -> list[str]:
+    """The arguments of a source that are folders or files, by the types of its function."""
+    source = build.find("data", data.name, "data", trusted)
+    parameters = inspect.signature(source).parameters
+    return [name for name, parameter in parameters.items() if _is_path(parameter.annotation)]
+
+
+def absolute(data: Data, trusted: Sequence[str] | None = None) -> Data:
+    """The same, with every place as an absolute path: a run is used from other directories, too."""
+    return _with_places(data, trusted, lambda path: [path])
+
+
+def located(run: Run, data: Data, trusted: Sequence[str] | None = None) -> Data:
+    """The same with absolute paths, also for a run that kept relative ones.
+
+    Those were relative to the directory that it was started in: this one, or that of its root.
+    """
+    beside = run.directory.parent.parent
+    return _with_places(data, trusted, lambda path: [path, beside / path])
+
+
+def split_places(
+    data: Data, words: Sequence[str], trusted: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Split typed words into those that set places of the images, and all others."""
+    names = place_keys(data, trusted)
+    keys = {*names, *(f"data.{name}" for name in names)}
+    places: list[str] = []
+    others: list[str] = []
+    for word in joined(words):
+        (places if word.partition("=")[0] in keys else others).append(word)
+    return places, others
+
+
+def relocate(run: Run, words: Sequence[str], trusted: Sequence[str] | None = None) -> None:
+    """Set the places of a run's images anew (`data.path=FOLDER`), and keep them with the run.
+
+    Raises:
+        ConfigError: for anything else than a place.
+        RunError: if other images are there, or the run is in use.
+        DataError: if there are none.
+    """
+    before = checked(read_yaml(run.config))
+    keys = [f"data.{name}" for name in place_keys(before.data, trusted)]
+    tree = before.model_dump()
+    set_values(tree, typed_values(words))
+    config, old = checked(tree), leaves(before.model_dump())
+    for key, value in leaves(config.model_dump()).items():
+        if value != old.get(key) and key not in keys:
+            raise ConfigError(
+                f"{key}: of a run that is used, only the places of its images can be given "
+                f"({', '.join(keys) or 'this source has none'})"
+            )
+    data = absolute(config.data, trusted)
+    if data == before.data:
+        return
+    of_run(run, data, trusted)
+    with locked(run):
+        now = checked(read_yaml(run.config))
+        if data != now.data:
+            kept = now.model_copy(update={"data": data})
+            write_atomically(run.config, dump_yaml(kept).encode())
+
+
+def _with_places(
+    data: Data, trusted: Sequence[str] | None, candidates: Callable[[Path], Sequence[Path]]
+) -> Data:
+    """Replace each place by the first of its candidates that is there, or the first of all."""
+    found = {}
+    for name in place_keys(data, trusted):
+        if isinstance(given := data.arguments.get(name), str | Path):
+            with suppress(RuntimeError):  # ~nobody, which the source refuses
+                paths = [path.expanduser().absolute() for path in candidates(Path(given))]
+                there = (path for path in paths if os.path.exists(path))
+                found[name] = str(next(there, paths[0]))
+    return data.model_copy(update=found)
+
+
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or Path in get_args(annotation)
 
 
 def prepare(
@@ -88,6 +186,8 @@ def prepare(
     else:
         rows, held_out = split(len(train.images), data.validation_fraction)
         part = train if len(held_out) else None
+    if not len(rows):
+        raise DataError(f"there is no image to train on in {packed.folder}")
     names = packed.class_names if data.use_labels and train.labels is not None else ()
     return Images(packed, rows, part, held_out, names)
 
@@ -105,11 +205,56 @@ def pack_as(
 
     With `whole` all that was packed before is verified, with `again` it is packed anew.
     """
+    data = absolute(data, trusted)
     source = source_of(data, trusted)
     settings = data.model_dump(include={"image_size", "channels", "fit"})
+    folder = out or packed_folder(data, root, trusted)
+    packed = pack(source, folder, **settings, whole=whole, again=again)
+    if whole and data.verify and (others := differing(source, packed)):
+        told = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if others[3:] else "")
+        tell(f"{told}: replaced since they were packed; packing again", sys.stderr)
+        return pack(source, folder, **settings, again=True)
+    return packed
+
+
+def packed_folder(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Path:
+    """Where `pack_as` packs a source."""
+    data = absolute(data, trusted)
+    settings = data.model_dump(include={"image_size", "channels", "fit"})
     key = json.dumps({**data.source.model_dump(mode="json"), **settings}, sort_keys=True)
-    folder = out or root / "packed" / f"{data.name.rpartition('.')[2]}-{_short_digest(key)}"
-    return pack(source, folder, **settings, whole=whole, again=again)
+    return root / "packed" / f"{data.name.rpartition('.')[2]}-{_short_digest(key)}"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verified` found: a sentence, and the images whose files have other pixels now."""
+
+    told: str
+    differing: tuple[str, ...] = ()
+    is_whole: bool = False
+
+
+def verified(data: Data | None, folder: Path) -> Verified:
+    """Verify all that was packed, and with `data` decode its images again and compare them.
+
+    Raises:
+        DataError: if nothing was packed there, or the images are missing.
+    """
+    try:
+        packed = open_packed(folder)
+        verify(packed)
+    except DataError as damaged:
+        if (folder / FACTS).is_file():
+            return Verified(str(damaged))
+        raise
+    count = sum(len(part.images) for part in packed.parts.values())
+    if data is None:
+        return Verified(f"{count:,} packed images are whole: {folder}", is_whole=True)
+    if others := differing(source_of(data), packed):
+        return Verified(f"{len(others):,} images are not those in {folder}:", tuple(others))
+    return Verified(
+        f"{count:,} images are whole, and those of their files: {folder}", is_whole=True
+    )
 
 
 def source_of(data: Data, trusted: Sequence[str] | None = None) -> AnySource:
@@ -122,8 +267,8 @@ def source_of(data: Data, trusted: Sequence[str] | None = None) -> AnySource:
     return source
 
 
-def describe(packed: Packed) -> dict[str, Any]:
-    """Tell what is in a packed data set, pixel statistics included, as plain data."""
+def describe(packed: Packed, left_out: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """What is in a packed data set, with pixel statistics and what was left out, as plain data."""
     parts = {}
     for name, part in packed.parts.items():
         told: dict[str, Any] = {"images": len(part.images)}
@@ -138,6 +283,7 @@ def describe(packed: Packed) -> dict[str, Any]:
         "image size": packed.image_size,
         "channels": packed.channels,
         "parts": parts,
+        "left out": {name: counted(counts) for name, counts in left_out.items() if counts},
         "skipped": {name: facts["skipped"] for name, facts in packed.facts["parts"].items()},
         "mean": some.mean(axis=(0, 2, 3)).round(4).tolist(),
         "std": some.std(axis=(0, 2, 3)).round(4).tolist(),

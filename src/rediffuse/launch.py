@@ -25,7 +25,7 @@ from rediffuse.config.schema import AUTO, Config
 from rediffuse.data.batches import Batch, Batches, fixed
 from rediffuse.errors import CheckpointError, ConfigError, RunError, TrainingError
 from rediffuse.evaluation.figures import short
-from rediffuse.images import Images, of_run, prepare
+from rediffuse.images import Images, absolute, of_run, prepare, relocate, split_places
 from rediffuse.legality import check, check_new
 from rediffuse.lengths import check_rate, command, next_command, planned_images, with_horizon
 from rediffuse.processes import exit_code
@@ -88,6 +88,7 @@ def trained(
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
+    config = config.model_copy(update={"data": absolute(config.data)})
     images = prepare(config.data, home, whole=True)
     config = settled(config, images, devices)
     check_measured(config, images)
@@ -110,7 +111,10 @@ def resume(
         RediffuseError: if the run cannot be found, or cannot go on as asked.
     """
     run = runs.find_run(runs.runs_root(root), word)
-    old, config = to_resume(run, words)
+    places, others = split_places(load_config(run).data, words, trusted)
+    if places:
+        relocate(run, places, trusted)
+    old, config = to_resume(run, others)
     if config.training.batch_size == AUTO:
         raise ConfigError("training.batch_size=auto: a run that has begun needs a number")
     check(config, trusted)

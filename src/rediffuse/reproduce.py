@@ -18,7 +18,7 @@ from rediffuse.config.compose import checked, dump_yaml, leaves
 from rediffuse.config.schema import Config
 from rediffuse.drift import Drift
 from rediffuse.errors import RunError
-from rediffuse.images import Images, prepare
+from rediffuse.images import Images, located, prepare
 from rediffuse.launch import batches_of, fresh, load_config, set_up, surroundings
 from rediffuse.legality import check
 from rediffuse.processes import alone, exit_code
@@ -123,7 +123,8 @@ def reproduce(
     check(config, trusted)
     devices = choose(config.device)
     set_up(config, devices)
-    images = prepare(config.data, run.directory.parent, trusted, whole=True)
+    data = located(run, config.data, trusted)
+    images = prepare(data, run.directory.parent, trusted, whole=True)
     state, recipe = fresh(config, images, devices, trusted)
     now = surroundings(images, devices)
     differing = differences(

@@ -11,7 +11,6 @@ from rediffuse.words import json_text, say
 
 if TYPE_CHECKING:
     from rediffuse.config.schema import Data
-    from rediffuse.data.packing import Packed
 
 _WORDS = {"ignore_unknown_options": True}
 
@@ -24,6 +23,7 @@ def data() -> None:
     Examples:
       rediffuse data inspect cifar10
       rediffuse data pack my/images data.image_size=64
+      rediffuse data verify my/images data.image_size=64
       rediffuse data duplicates my/images data.image_size=64
     """
 
@@ -31,9 +31,12 @@ def data() -> None:
 @data.command(context_settings=_WORDS)
 @click.argument("source", shell_complete=complete.parts("data"))
 @options.words
-@click.option("--out", type=click.Path(path_type=Path), help="Else in <root>/packed.")
+@click.option("--out", type=options.FOLDER, help="Else in <root>/packed.")
+@click.option("--again", is_flag=True, help="Even what was packed before.")
 @options.root
-def pack(source: str, words: tuple[str, ...], out: Path | None, root: Path | None) -> None:
+def pack(
+    source: str, words: tuple[str, ...], out: Path | None, again: bool, root: Path | None
+) -> None:
     """Decode and resize SOURCE once: a data set's name, or a folder of images.
 
     \b
@@ -41,7 +44,10 @@ def pack(source: str, words: tuple[str, ...], out: Path | None, root: Path | Non
       rediffuse data pack my/images data.image_size=64
       rediffuse data pack cifar10
     """
-    packed = _packed(source, words, out, root)
+    from rediffuse.images import pack_as
+    from rediffuse.runs import runs_root
+
+    packed = pack_as(_data(source, words), runs_root(root), out=out, again=again)
     counts = ", ".join(f"{len(part.images):,} {name}" for name, part in packed.parts.items())
     say(f"{counts} images of {packed.image_size} pixels: {packed.folder}")
 
@@ -60,9 +66,48 @@ def inspect(source: str, words: tuple[str, ...], as_json: bool, root: Path | Non
       rediffuse data inspect mnist --json
     """
     from rediffuse import images, overview
+    from rediffuse.runs import runs_root
 
-    facts = images.describe(_packed(source, words, None, root))
+    named = _data(source, words)
+    packed = images.pack_as(named, runs_root(root))
+    facts = images.describe(packed, images.source_of(named).left_out)
     click.echo(json_text(facts)) if as_json else overview.print_facts(facts)
+
+
+@data.command(context_settings=_WORDS)
+@click.argument("source", shell_complete=complete.parts("data"))
+@options.words
+@options.root
+def verify(source: str, words: tuple[str, ...], root: Path | None) -> int:
+    """Read all that was packed of SOURCE, decode every image again, and compare the two.
+
+    Finds damage to packed images, and files that were replaced by others of equal names, sizes and
+    times. Nothing is changed; `rediffuse data pack SOURCE --again` packs anew (exit code 1). A
+    folder that `data pack` wrote is read alone.
+
+    \b
+    Examples:
+      rediffuse data verify my/images data.image_size=64
+      rediffuse data verify runs/packed/folder-0a1b2c3d4e5f
+    """
+    from rediffuse import images
+    from rediffuse.data.packing import FACTS
+    from rediffuse.runs import runs_root
+
+    if (Path(source) / FACTS).is_file():
+        found = images.verified(None, Path(source))
+    else:
+        named = _data(source, words)
+        found = images.verified(named, images.packed_folder(named, runs_root(root)))
+    say(found.told)
+    for name in found.differing[:_NAMED]:
+        say(f"  {name}")
+    if len(found.differing) > _NAMED:
+        say(f"  and {len(found.differing) - _NAMED:,} more")
+    return int(not found.is_whole)
+
+
+_NAMED = 20
 
 
 @data.command(context_settings=_WORDS)
@@ -72,7 +117,7 @@ def inspect(source: str, words: tuple[str, ...], as_json: bool, root: Path | Non
 @click.option(
     "--output-dir",
     "--output_dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=options.FOLDER,
     help="Else <root>/duplicates.",
 )
 @options.json_output
@@ -100,13 +145,6 @@ def duplicates(
     return door.duplicates(
         _data(source, words), place, output_dir, mirrored=mirrored, as_json=as_json
     )
-
-
-def _packed(source: str, words: Sequence[str], out: Path | None, root: Path | None) -> "Packed":
-    from rediffuse.images import pack_as
-    from rediffuse.runs import runs_root
-
-    return pack_as(_data(source, words), runs_root(root), out=out)
 
 
 def _data(source: str, words: Sequence[str]) -> "Data":

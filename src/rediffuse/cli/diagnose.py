@@ -7,6 +7,7 @@ from rediffuse.cli import complete, options
 
 @click.command()
 @options.run
+@options.places
 @options.run_id
 @click.option(
     "--n", "count", type=click.IntRange(2), default=256, show_default=True, help="Held-out images."
@@ -36,7 +37,12 @@ from rediffuse.cli import complete, options
 @options.root
 @options.trust
 def diagnose(
-    run_id: str | None, option: str | None, levels: int, as_json: bool, **how: object
+    run_id: str | None,
+    places: tuple[str, ...],
+    option: str | None,
+    levels: int,
+    as_json: bool,
+    **how: object,
 ) -> int:
     """Tell at which noise a model errs, whether its variance knows, and how samples come about.
 
@@ -52,5 +58,5 @@ def diagnose(
     from rediffuse.gallery import Options
 
     asked = Options(**how)  # type: ignore[arg-type]
-    word = options.run_argument(run_id, option)
+    word = options.run_at(run_id, option, places, asked.root, asked.trust)
     return diagnosis.diagnose(word, asked, level_count=levels, as_json=as_json)

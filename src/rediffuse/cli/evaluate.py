@@ -9,6 +9,7 @@ from rediffuse.cli import complete, options
 
 @click.command()
 @options.run
+@options.places
 @options.run_id
 @click.option(
     "--n",
@@ -52,6 +53,7 @@ from rediffuse.cli import complete, options
 @options.trust
 def evaluate(
     run_id: str | None,
+    places: tuple[str, ...],
     option: str | None,
     images: str | None,
     reference: str | None,
@@ -89,4 +91,5 @@ def evaluate(
         assert root is None or isinstance(root, Path)
         return judge.evaluate_given(images, reference, size, root, asked)
     sampling = Options(**how)  # type: ignore[arg-type]
-    return judge.evaluate(options.run_argument(run_id, option), sampling, asked)
+    word = options.run_at(run_id, option, places, sampling.root, sampling.trust)
+    return judge.evaluate(word, sampling, asked)

@@ -7,6 +7,7 @@ from rediffuse.cli import complete, options
 
 @click.command()
 @options.run
+@options.places
 @options.run_id
 @click.option(
     "--n",
@@ -43,7 +44,9 @@ from rediffuse.cli import complete, options
 @options.json_output
 @options.root
 @options.trust
-def memorisation(run_id: str | None, option: str | None, as_json: bool, **how: object) -> int:
+def memorisation(
+    run_id: str | None, places: tuple[str, ...], option: str | None, as_json: bool, **how: object
+) -> int:
     """Look for copies: are samples nearer to training images than unseen real images are?
 
     Every sample's nearest training image is compared with the next ones, and that with the same of
@@ -59,4 +62,5 @@ def memorisation(run_id: str | None, option: str | None, as_json: bool, **how: o
     from rediffuse.gallery import Options
 
     asked = Options(**how)  # type: ignore[arg-type]
-    return door.memorisation(options.run_argument(run_id, option), asked, as_json=as_json)
+    word = options.run_at(run_id, option, places, asked.root, asked.trust)
+    return door.memorisation(word, asked, as_json=as_json)

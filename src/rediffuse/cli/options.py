@@ -11,12 +11,29 @@ from rediffuse.cli import complete
 WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 """The settings of a command that takes `key=value` and `--key value`."""
 
+
+class _Folder(click.ParamType):  # type: ignore[type-arg]
+    """The path of a folder; an empty one, as of a shell variable that is not set, is refused."""
+
+    name = "directory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not str(value):
+            self.fail("expected the path of a folder, not an empty text", param, ctx)
+        return Path(value)
+
+
+FOLDER = _Folder()
+
 words = click.argument(
     "words",
     nargs=-1,
     type=click.UNPROCESSED,
     metavar="[KEY=VALUE]...",
     shell_complete=complete.words,
+)
+places = click.argument(
+    "places", nargs=-1, metavar="[data.path=FOLDER]...", shell_complete=complete.words
 )
 run = click.argument("run_id", required=False, shell_complete=complete.run_ids)
 run_id = click.option(
@@ -117,4 +134,24 @@ def run_argument(run_id: str | None, option: str | None) -> str:
     word = run_id or option
     if not word:
         raise click.UsageError("which run? give its id, or the first 6 digits of it")
+    return word
+
+
+def run_at(
+    run_id: str | None,
+    option: str | None,
+    places: Sequence[str],
+    root: Path | None,
+    trusted: Sequence[str] = (),
+) -> str:
+    """The run given in place or as --run-id; new places of its images are kept with it first."""
+    if option and run_id:  # the first place stands where the id would
+        word, places = option, (run_id, *places)
+    else:
+        word = run_argument(run_id, option)
+    if places:
+        from rediffuse.images import relocate
+        from rediffuse.models import find
+
+        relocate(find(word, root), places, trusted)
     return word

@@ -9,6 +9,7 @@ from rediffuse.cli import options
 
 @click.command()
 @options.run
+@options.places
 @options.run_id
 @click.option("--steps", type=click.IntRange(1), help="Only so many; else as far as it has come.")
 @click.option("--keep", is_flag=True, help="Keep the copy as a run of its own.")
@@ -23,6 +24,7 @@ from rediffuse.cli import options
 @options.trust
 def reproduce(
     run_id: str | None,
+    places: tuple[str, ...],
     option: str | None,
     steps: int | None,
     keep: bool,
@@ -43,7 +45,7 @@ def reproduce(
     """
     from rediffuse import reproduce as again
 
-    word = options.run_argument(run_id, option)
+    word = options.run_at(run_id, option, places, root, trust)
     return again.reproduce(
         word,
         steps=steps,

@@ -7,6 +7,7 @@ from rediffuse.cli import complete, options
 
 @click.command()
 @options.run
+@options.places
 @options.run_id
 @click.option(
     "--solver",
@@ -25,6 +26,7 @@ from rediffuse.cli import complete, options
 @options.trust
 def sweep(
     run_id: str | None,
+    places: tuple[str, ...],
     option: str | None,
     solvers: str | None,
     steps: str | None,
@@ -55,8 +57,9 @@ def sweep(
         raise click.UsageError(f"--weights {weights}: expected average, raw or both")
     axes = door.Axes(lists[0], tuple(map(int, lists[1])), lists[2], lists[3])
     asked = Asked(**{name: how.pop(name) for name in options.JUDGED})  # type: ignore[arg-type]
-    word = options.run_argument(run_id, option)
-    return door.sweep(word, Options(**how), axes, asked)  # type: ignore[arg-type]
+    sampling = Options(**how)  # type: ignore[arg-type]
+    word = options.run_at(run_id, option, places, sampling.root, sampling.trust)
+    return door.sweep(word, sampling, axes, asked)
 
 
 def _words(given: str | None) -> tuple[str, ...]:

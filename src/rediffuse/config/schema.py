@@ -97,6 +97,8 @@ class Data(Part):
     """keep all images in the device's memory; auto: where they are not too many"""
     workers: Literal[0, 1] = 1
     """1 prepares batches in a thread of its own, 0 does not"""
+    verify: bool = False
+    """decode every image again when a process begins to train, to find any that was replaced"""
 
     @property
     def source(self) -> Part:
@@ -249,6 +251,7 @@ class Config(Section):
 # What a resumed run may change (DESIGN: free, declared, fixed). Prefixes of full keys.
 FREE = (
     "name", "profile", "data.on_device", "data.workers", "data.path", "data.root",
+    "data.validation_path", "data.test_path", "data.verify",
     "rate.horizon_follows_plan",
     "training.epochs", "training.images", "training.stop_after_images",
     "training.log_every_images", "training.validate_every_images", "training.preview_every_images",

@@ -13,10 +13,12 @@ def split(
     """Row numbers to train on, ascending, and a `fraction` of [0, length) to hold out.
 
     The choice depends on `length` alone, never on a run's seed, and a larger fraction contains a
-    smaller one. At least one row is held out unless `fraction` is 0. What is held out comes in
-    random order, so that its first rows are a fair sample of it; a `fraction` of 1 shuffles a part.
+    smaller one. At least one row is held out unless `fraction` is 0, and at least one is left
+    unless it is 1, which shuffles a part. What is held out comes in random order, so that its first
+    rows are a fair sample of it.
     """
     first = torch.zeros(1, dtype=torch.long)
     order = permuted(torch.arange(length), length, 0, first, Stream.SPLIT).numpy()
     count = max(round(fraction * length), int(fraction > 0))
+    count = min(count, length if fraction == 1 else length - 1)
     return np.sort(order[count:]), order[:count]
