@@ -170,35 +170,39 @@ def test_what_does_not_divide_its_work_is_refused_in_several_processes(run: Path
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_up_to_rounding(tmp_path: Path) -> None:
-    words = ["train", *TINY, "training.images=480", "device=cpu"]
-    alone, together = tmp_path / "alone", tmp_path / "together"
+    words = ["train", *TINY, "training.images=480"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
     alone.mkdir()
-    run_id(rediffuse(*words, root=alone))
-    in_two(*words, root=together)
-    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)  # sums are in another order
+    run_id(rediffuse(*words, "device=cpu", root=alone))
+    in_two(*words, root=shared)
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-5)  # sums are in another order
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["0", "1"])
+@pytest.mark.parametrize("told", ["0", "1", "all"])
 def test_a_signal_that_one_of_two_processes_gets_ends_both_with_a_checkpoint(
     tmp_path: Path, told: str
 ) -> None:
-    words = ["train", *TINY, "training.images=480000", "device=cpu", "training.previews=false"]
+    words = ["train", *TINY, "training.images=480000", "training.previews=false"]
     words += ["training.log_every_images=48", "training.compile=false"]
     said = tmp_path / "said"
     with (
         said.open("w") as file,
         subprocess.Popen(
             [*LAUNCH, *words],
-            env={**os.environ, "REDIFFUSE_ROOT": str(tmp_path)},
+            env={**os.environ, **NO_GPU, "REDIFFUSE_ROOT": str(tmp_path)},
             stdout=file,
             stderr=file,
+            start_new_session=True,
         ) as launcher,
     ):
         try:
             metrics = until(lambda: next(iter(tmp_path.glob("*/metrics.jsonl")), None), launcher)
             until(lambda: len(metrics.read_text().splitlines()) > 20, launcher)
-            os.kill(worker(launcher.pid, told), signal.SIGTERM)
+            if told == "all":  # as Ctrl-C does, and the launcher passes it on once more
+                os.killpg(launcher.pid, signal.SIGINT)
+            else:
+                os.kill(worker(launcher.pid, told), signal.SIGTERM)
             launcher.wait(120)
         finally:
             launcher.terminate()
@@ -235,17 +239,17 @@ def worker(launcher: int, rank: str) -> int:
 
 @pytest.mark.slow
 def test_two_processes_draw_and_judge_as_one(tmp_path: Path) -> None:
-    words = [*TINY, "training.images=480", "device=cpu", "threads=1"]
-    run = run_id(rediffuse("train", *words, root=tmp_path))
-    sample = ["sample", run, "--seeds", "3-26", "--device", "cpu", "--output-dir"]
-    judge = ["evaluate", run, "--allow-small-n", "--json", "--device", "cpu", "--num-samples"]
-    alone, together = tmp_path / "alone", tmp_path / "together"
+    words = [*TINY, "training.images=480", "threads=1"]
+    run = run_id(rediffuse("train", *words, "device=cpu", root=tmp_path))
+    sample = ["sample", run, "--seeds", "3-26", "--output-dir"]
+    judge = ["evaluate", run, "--allow-small-n", "--json", "--num-samples"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
     rediffuse(*sample, str(alone), root=tmp_path)
-    in_two(*sample, str(together), root=tmp_path)
+    in_two(*sample, str(shared), root=tmp_path)
     pictures = sorted(file.name for file in alone.glob("*.png"))
     assert len(pictures) == 25
     for name in pictures:
-        assert (together / name).read_bytes() == (alone / name).read_bytes(), name
+        assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
     for count in ("144", "40"):  # the first of two has none of 40, as one looks at 64 at once
         of_one = json.loads(rediffuse(*judge, count, root=tmp_path).stdout)
         kept = first_object(in_two(*judge, count, root=tmp_path))
@@ -267,7 +271,7 @@ def in_two(*words: str, root: Path) -> str:
     """What a command prints that two processes work at."""
     return subprocess.run(
         [*LAUNCH, *words],
-        env={**os.environ, "REDIFFUSE_ROOT": str(root)},
+        env={**os.environ, **NO_GPU, "REDIFFUSE_ROOT": str(root)},
         check=True,
         capture_output=True,
         text=True,
