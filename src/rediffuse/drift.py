@@ -16,6 +16,7 @@ from rediffuse.errors import RunError
 from rediffuse.reading import read_object, why
 from rediffuse.runs import Run, wrong
 from rediffuse.tracking.jsonl import append, cut_back, lines_since
+from rediffuse.words import masked_tree
 
 Changes = dict[str, tuple[Any, Any]]
 """Full keys with what they were and what they are; None where there is none."""
@@ -98,7 +99,8 @@ def note(run: Run, config: Changes, environment: Mapping[str, Any], images_seen:
 
     What was recorded after that point counts from here: training went back behind it.
     """
-    lines, before, after = read(run), leaves(began(run)), leaves(environment)
+    lines = read(run)
+    before, after = masked_tree(leaves(began(run))), masked_tree(leaves(environment))
     for line in lines:
         before |= {key: now for key, (_, now) in line.environment.items()}
     found = {
@@ -161,7 +163,8 @@ def edited(run: Run) -> Changes:
     """
     if not (recorded := recorded_config(run)):
         return {}
-    now = leaves(checked(read_yaml(run.config)).model_dump())
+    recorded = masked_tree(recorded)  # what a run wrote down before secrets were masked
+    now = masked_tree(leaves(checked(read_yaml(run.config)).model_dump()))
     # A field of the schema that is missing in the record is younger than the run.
     arguments = [key for key in now if key not in recorded and not _is_field(key)]
     return {

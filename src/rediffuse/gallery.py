@@ -46,7 +46,7 @@ from rediffuse.pictures import Pixels, columns_for, grid, save_film, save_png
 from rediffuse.progress import Progress
 from rediffuse.runs import Run
 from rediffuse.training.devices import Devices, choose
-from rediffuse.words import say
+from rediffuse.words import masked, say
 
 
 @dataclass(frozen=True)
@@ -512,7 +512,7 @@ def _levels(model: Model) -> tuple[float | list[float], float | list[float]]:
 def _edit(options: Options) -> dict[str, Any]:
     """What was asked for beside plain sampling."""
     asked = {
-        "input": options.inputs and str(options.inputs),
+        "input": options.inputs and masked(str(options.inputs)),
         "strength": options.strength,
         "mask": options.mask and str(options.mask),
         "resamplings": options.resamplings if options.mask else None,

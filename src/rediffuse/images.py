@@ -14,10 +14,9 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Int64
 
-from rediffuse import build, drift
+from rediffuse import build, drift, private
 from rediffuse.config.compose import (
     checked,
-    dump_yaml,
     joined,
     leaves,
     read_yaml,
@@ -30,7 +29,6 @@ from rediffuse.data.sources import AnySource, counted
 from rediffuse.data.splits import split
 from rediffuse.errors import ConfigError, DataError, RunError
 from rediffuse.runs import Run, locked
-from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.words import tell
 
 Rows = Int64[np.ndarray, " _"]  # any number of rows
@@ -98,12 +96,15 @@ def absolute(data: Data, trusted: Sequence[str] | None = None) -> Data:
 
 
 def located(run: Run, data: Data, trusted: Sequence[str] | None = None) -> Data:
-    """The same with absolute paths, also for a run that kept relative ones.
+    """The same with absolute paths, also for a run that kept relative ones, and with its secrets.
 
-    Those were relative to the directory that it was started in: this one, or that of its root.
+    Relative ones were so to the directory that it was started in: this one, or that of its root.
+
+    Raises:
+        RunError: if a secret that the configuration masks is not kept with the run.
     """
     beside = run.directory.parent.parent
-    return _with_places(data, trusted, lambda path: [path, beside / path])
+    return _with_places(private.restored(run, data), trusted, lambda path: [path, beside / path])
 
 
 def split_places(
@@ -146,7 +147,7 @@ def relocate(run: Run, words: Sequence[str], trusted: Sequence[str] | None = Non
         now = checked(read_yaml(run.config))
         if data != now.data:
             kept = now.model_copy(update={"data": data})
-            write_atomically(run.config, dump_yaml(kept).encode())
+            private.write_config(run, kept)
 
 
 def _with_places(

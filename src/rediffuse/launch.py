@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rediffuse import build, drift, runs
+from rediffuse import build, drift, private, runs
 from rediffuse.config.compose import (
     changes,
     checked,
-    dump_yaml,
     read_yaml,
     refuse_groups,
     set_values,
@@ -40,8 +39,7 @@ from rediffuse.session import (
     unseen,
 )
 from rediffuse.tracking import mlflow, tensorboard
-from rediffuse.tracking.jsonl import write_atomically
-from rediffuse.tracking.tracker import in_one_line, redacted
+from rediffuse.tracking.tracker import in_one_line
 from rediffuse.training import checkpoint, committed, hooks, memory
 from rediffuse.training.average import Average
 from rediffuse.training.compiling import Trial, compile_network, compile_noise, trial
@@ -85,6 +83,7 @@ def trained(
     """
     check(config)
     check_new(config)
+    private.check(config)
     home = runs.runs_root(root)
     parent = runs.find_run(home, parent).id if parent else None
     devices = choose(config.device)
@@ -118,6 +117,7 @@ def resume(
     if config.training.batch_size == AUTO:
         raise ConfigError("training.batch_size=auto: a run that has begun needs a number")
     check(config, trusted)
+    private.check(config, old)
     devices = choose(config.device)
     set_up(config, devices)
     images = of_run(run, config.data, trusted, whole=True)
@@ -145,7 +145,7 @@ def resume(
         check_rate(config, state.images_seen, planned, _warn(devices), trusted, refuse=grown)
         if devices.is_main:
             found = drift.note(run, changed, surroundings(images, devices), state.images_seen)
-            write_atomically(run.config, dump_yaml(config).encode())
+            private.write_config(run, config)
             for line in found.told(found.decisive):
                 say(f"changed {line}")
         return _go(run, config, images, recipe, state, interrupts, trusted)
@@ -627,10 +627,9 @@ def _created(
         if "mlflow" in config.tracking.trackers:
             run_id = mlflow.create_run(root, config.tracking.experiment, config.name, say)
         facts = json.dumps(surroundings(images, devices), indent=1)
-        files = {"config.yaml": dump_yaml(config).encode(), "environment.json": facts.encode()}
-        command = [redacted(word) for word in sys.argv]
+        files = {**private.files(config), "environment.json": facts.encode()}
         made = runs.create(
-            root, run_id, name=config.name, parent=parent, command=command, files=files
+            root, run_id, name=config.name, parent=parent, command=sys.argv, files=files
         )
         return made.id
 

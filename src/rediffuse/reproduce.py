@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rediffuse import drift, runs
-from rediffuse.config.compose import checked, dump_yaml, leaves
+from rediffuse import drift, private, runs
+from rediffuse.config.compose import checked, leaves
 from rediffuse.config.schema import Config
 from rediffuse.drift import Drift
 from rediffuse.errors import RunError
@@ -250,7 +250,9 @@ def _copied(
         raise RunError(f"{root}: {failed.strerror}; name another --root-for-copy") from None
     try:
         with runs.locked(copy):
-            copy.config.write_text(dump_yaml(config))
+            private.write_config(copy, config)
+            if run.private.exists():
+                write_atomically(copy.private, run.private.read_bytes(), mode=0o600)
             write_atomically(copy.environment, json.dumps(facts, indent=1).encode())
             yield copy
     finally:

@@ -24,6 +24,7 @@ from rediffuse import locks
 from rediffuse.errors import RunError
 from rediffuse.reading import read_bytes, why
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import masked, masked_words
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -63,6 +64,11 @@ class Run:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.directory / "config.yaml"
+
+    @property
+    def private(self) -> Path:
+        """Values that the configuration masks, for the owner's eyes alone."""
+        return self.directory / "private.yaml"
 
     @property
     def environment(self) -> Path:
@@ -149,6 +155,8 @@ def create(
 ) -> Run:
     """Make a run's directory with its record and `files`, all at once; without an id it gets one.
 
+    Secrets are masked in name and command. `private.yaml` is readable by its owner alone.
+
     Raises:
         RunError: if there is such a run already.
     """
@@ -157,7 +165,13 @@ def create(
         raise RunError(f"a run id is 32 hex digits (0-9, a-f), not {run_id!r}")
     run = Run(root / run_id)
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    record = Record(id=run_id, name=name, created=created, parent=parent, command=tuple(command))
+    record = Record(
+        id=run_id,
+        name=name and masked(name),
+        created=created,
+        parent=parent,
+        command=tuple(masked_words(command)),
+    )
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(".building-*"):  # by a process that was killed
         with suppress(FileNotFoundError):  # or by one that has just finished it
@@ -167,7 +181,8 @@ def create(
     try:
         building.logs.mkdir(parents=True)
         for file, content in (files or {}).items():
-            write_atomically(building.directory / file, content)
+            mode = 0o600 if file == building.private.name else 0o666
+            write_atomically(building.directory / file, content, mode=mode)
         _write(building, record)
         if run.directory.exists():
             raise FileExistsError

@@ -36,7 +36,7 @@ from rediffuse.training import checkpoint, committed, hooks
 from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
-from rediffuse.words import tell
+from rediffuse.words import masked_tree, tell
 
 Value = TypeVar("Value")
 
@@ -466,7 +466,8 @@ def beginning(config: Config, recipe: Recipe) -> dict[str, Any]:
         if not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
     }
     devices = recipe.devices
-    return {"config": values, "ranks": devices.ranks, "device": devices.device.type}
+    config_facts = masked_tree(values)
+    return {"config": config_facts, "ranks": devices.ranks, "device": devices.device.type}
 
 
 def say(line: str) -> None:

@@ -22,7 +22,7 @@ from faults_harness import Zygote
 
 from rediffuse.tracking import mlflow
 from rediffuse.tracking.jsonl import lines_since, read_metrics
-from rediffuse.tracking.tracker import redacted
+from rediffuse.words import masked
 
 PATIENCE_S = 600.0
 QUICK = "from rediffuse.tracking import feeder, mlflow; feeder.FLUSH_S = 0.05; mlflow.START_S = "
@@ -359,10 +359,13 @@ def test_no_secret_of_the_environment_or_the_command_is_written_or_said(forks, r
         ("https://host/?token=abc&n=1", "https://host/?token=***&n=1"),
         ("tokens=5 keys=7 author=me monkey=x http://host/a@b", None),
         ("training.images=480 data.path=/a/b.c name=run", None),
+        ("/data/hf_opensesame1004opensesame/images", "/data/***/images"),
+        ("key sk-proj-Ab3_dEfGhIjKlMnOpQrSt, AKIAIOSFODNN7EXAMPLE", "key ***, ***"),
+        ("/data/hf_datasets_cifar10/sk-learn-pictures-of-digits", None),
     ],
 )
 def test_redaction_hides_what_opens_doors_and_nothing_else(text, shown):
-    assert redacted(text) == (shown or text)
+    assert masked(text) == (shown or text)
 
 
 # A real server

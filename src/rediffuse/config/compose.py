@@ -18,7 +18,7 @@ from rediffuse.config import group_files
 from rediffuse.config.schema import DECLARED, FREE, Config, Part
 from rediffuse.errors import ConfigError
 from rediffuse.reading import read_bytes
-from rediffuse.words import did_you_mean, tell
+from rediffuse.words import did_you_mean, masked_tree, tell
 
 Tree = dict[str, Any]
 
@@ -286,8 +286,10 @@ _CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndTo
 
 
 def dump_yaml(config: Config) -> str:
-    """The resolved configuration, readable by `read_yaml`."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    """The resolved configuration, readable by `read_yaml`; secrets of its data are masked."""
+    tree = config.model_dump()
+    tree["data"] = masked_tree(tree["data"])
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 RUN_IDS = ("resume_from_run_id", "parent_run_id")

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rediffuse.evaluation.figures import short
+from rediffuse.words import masked
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -214,7 +215,9 @@ class Tracking(Section):
         list[Literal["mlflow", "tensorboard", "wandb"]], AfterValidator(_each_once)
     ] = []
     """any of mlflow, tensorboard and wandb; several at once"""
-    experiment: Annotated[str, Field(min_length=1, max_length=200)] = "rediffuse"
+    experiment: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(masked)] = (
+        "rediffuse"
+    )
     """what trackers call the group of runs"""
     register_model: bool = False
 
@@ -222,7 +225,7 @@ class Tracking(Section):
 class Config(Section):
     """One run, completely."""
 
-    name: Annotated[str, Field(max_length=200)] | None = None
+    name: Annotated[str, Field(max_length=200), AfterValidator(masked)] | None = None
     """what `rediffuse runs` calls it; `--run-name` sets it"""
     seed: Seed = 0
     """the key of all randomness: weights, order, times, noise"""

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from rediffuse import plots
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import masked
 
 _HERE = Path(__file__).parent
 _ENDINGS = {"svg": "image/svg+xml", "png": "image/png", "gif": "image/gif"}
@@ -76,6 +77,7 @@ def render(template: str, **facts: Any) -> str:
     engine = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
+        finalize=_without_secrets,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -84,6 +86,11 @@ def render(template: str, **facts: Any) -> str:
     style = (_HERE / "style.css").read_text()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return engine.get_template(template).render(style=Markup(style), style_digest=digest, **facts)
+
+
+def _without_secrets(value: Any) -> Any:
+    """Mask text of the run; markup is our own."""
+    return masked(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def told(value: Any) -> str:

@@ -21,7 +21,8 @@ from rediffuse.tracking.jsonl import (
     write_atomically,
 )
 from rediffuse.tracking.resources import PREFIX
-from rediffuse.tracking.tracker import Number, Row, Say, Tracker, redacted
+from rediffuse.tracking.tracker import Number, Row, Say, Tracker
+from rediffuse.words import masked_tree
 
 
 class Journal:
@@ -37,7 +38,7 @@ class Journal:
     ) -> None:
         self._directory = directory
         self._undone: dict[int, list[Row]] = {}
-        flat = _masked(params)
+        flat = masked_tree(dict(leaves(params)))
         self._feeders = [Feeder(tracker, directory, flat, say) for tracker in trackers]
 
     def start(self, images_seen: int | None) -> None:
@@ -119,7 +120,7 @@ def replay(
     for file in (directory / "metrics.jsonl", directory / ARTIFACTS):
         cut_back(file, None)
     behind = [tracker for tracker in trackers if owes(directory, tracker.name)]
-    flat = _masked(params)
+    flat = masked_tree(dict(leaves(params)))
     feeders = [Feeder(tracker, directory, flat, say, once=True) for tracker in behind]
     for feeder in feeders:
         feeder.start()
@@ -155,7 +156,3 @@ def is_clocked(metric: str) -> bool:
 def _trained(row: Mapping[str, Number]) -> dict[str, str]:
     """What training decided of a row, as text, in which nan equals nan."""
     return {key: repr(float(value)) for key, value in row.items() if not is_clocked(key)}
-
-
-def _masked(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: redacted(v) if isinstance(v, str) else v for k, v in leaves(params)}

@@ -26,6 +26,7 @@ from rediffuse.reading import (
     why,
 )
 from rediffuse.tracking.tracker import Number, Row
+from rediffuse.words import masked_tree
 
 EVALUATION = "evaluation/"
 """How the names of all metrics of an evaluation begin."""
@@ -112,14 +113,14 @@ def append(
     """Append one line with the images seen and the time; hold the run's lock.
 
     A last line that was torn by a kill or a full disk is mended before. The new line is written
-    whole or not at all.
+    whole or not at all, with secrets masked.
 
     Raises:
         OSError: if it cannot be written.
         RunError: if the file is not a regular file.
     """
     line = {"images": images_seen, "time": round(time.time(), 3) if at is None else at, **fields}
-    _append_bytes(path, json.dumps(line, allow_nan=False).encode() + b"\n")
+    _append_bytes(path, json.dumps(masked_tree(line), allow_nan=False).encode() + b"\n")
 
 
 def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -137,14 +138,15 @@ def lines_since(path: Path, position: int) -> Iterator[tuple[dict[str, Any], int
         raise RunError(f"{path} cannot be read: {why(broken)}; restore it") from None
 
 
-def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+def write_atomically(path: Path, content: bytes, *, sync: bool = True, mode: int = 0o666) -> None:
     """Replace a file by another of the same name, so that a reader sees either and never a part.
 
-    Without `sync`, a power cut may leave it empty; a kill never does.
+    Without `sync`, a power cut may leave it empty; a kill never does. `mode` are the permissions,
+    of which the process' umask takes away its own.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")  # mkstemp would not respect the umask
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
             if sync:

@@ -23,6 +23,7 @@ from uuid import uuid4
 from rediffuse import locks
 from rediffuse.errors import RunError
 from rediffuse.tracking.tracker import Held, Row, Say, in_one_line
+from rediffuse.words import masked
 
 START_S = 30.0
 """The start of a run waits no longer for MLflow; its tables alone take 3 s on an idle machine."""
@@ -122,7 +123,10 @@ class Mlflow:
     ) -> None:
         self._directory, self._experiment, self._name = directory, experiment, name
         self._export, self._register = export, register
-        self._tags = {"rediffuse.run_id": directory.name, "rediffuse.directory": str(directory)}
+        self._tags = {
+            "rediffuse.run_id": directory.name,
+            "rediffuse.directory": masked(str(directory)),
+        }
         if parent:
             self._tags |= {"mlflow.parentRunId": parent}
         self._client: Any = None

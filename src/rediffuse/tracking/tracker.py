@@ -1,10 +1,10 @@
 """What a tracker is: a place for copies of a run, which may be slow, broken or away."""
 
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
+
+from rediffuse.words import masked
 
 Number = int | float
 
@@ -48,30 +48,4 @@ class Tracker(Protocol):
 
 def in_one_line(failure: Exception) -> str:
     """Say what went wrong, without secrets and the pages that some libraries add."""
-    return redacted(next(iter(str(failure).splitlines()), type(failure).__name__))[:300]
-
-
-def redacted(text: str) -> str:
-    """Put *** for what opens doors.
-
-    That is: a user and password in an address, the value of `token=...` and the like, keys of
-    well-known shapes, and the values of environment variables whose name ends like a secret's.
-    """
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH:
-            text = text.replace(value, "***")
-    for pattern in _SECRETS:
-        text = pattern.sub(r"\g<1>***", text)
-    return text
-
-
-_SECRET_LENGTH = 8  # what is shorter stands in other words by chance
-_NAMES = (
-    r"(?:token|secret|password|passwd|credentials?|authorization|(?:api|access|private)[_-]?key)"
-)
-_SECRET_NAME = re.compile(rf"(?i)(?:{_NAMES}|_key|passphrase)$")
-_SECRETS = (
-    re.compile(r"(://)[^/\s]*(?=@)"),
-    re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*[\"']?(?:basic |bearer )?)[^\s\"'&,;]+"),
-    re.compile(r"()\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{16,}"),
-)
+    return masked(next(iter(str(failure).splitlines()), type(failure).__name__))[:300]
