@@ -27,8 +27,7 @@ from rediffuse.randomness import order
 from rediffuse.runs import Run, Status, locked
 from rediffuse.serving import export
 from rediffuse.tracking import mlflow, tensorboard, wandb
-from rediffuse.tracking.feeder import CLOSE_S
-from rediffuse.tracking.journal import REPLAY_S, Journal, replay
+from rediffuse.tracking.journal import Journal, replay
 from rediffuse.tracking.jsonl import append, cut_back, read_metrics, write_atomically
 from rediffuse.tracking.resources import Resources, Waiting
 from rediffuse.tracking.tracker import Tracker, in_one_line
@@ -425,12 +424,7 @@ def trackers_of(config: Config, run: Run, parent: str | None) -> list[Tracker]:
     return [_TRACKERS[name](*place, **more.get(name, {})) for name in tracking.trackers]
 
 
-def send_what_is_missing(
-    run: Run,
-    config: Config,
-    to: Callable[[str], None] | None = None,
-    timeout_s: float = REPLAY_S,
-) -> None:
+def send_what_is_missing(run: Run, config: Config, to: Callable[[str], None] | None = None) -> None:
     """Send trackers what they miss of a run that has ended; hold its lock.
 
     Everything that stands in the run's files and was not delivered is sent, whichever process
@@ -443,14 +437,13 @@ def send_what_is_missing(
     record = run.read()
     if record.status != "RUNNING":
         trackers = trackers_of(config, run, record.parent)
-        params = config.model_dump()
-        replay(run.directory, trackers, params, to or say, record.status, timeout_s)
+        replay(run.directory, trackers, config.model_dump(), to or say, record.status)
 
 
 def send_if_free(run: Run, config: Config) -> None:
     """Send trackers what they miss, unless another process holds the run; never raise for it."""
     with suppress(RediffuseError, OSError), locked(run):
-        send_what_is_missing(run, config, say_beside, CLOSE_S)
+        send_what_is_missing(run, config, say_beside)
 
 
 def say_beside(line: str) -> None:
