@@ -177,3 +177,19 @@ def test_what_cannot_be_read_or_written_is_refused(folder: Path, tmp_path: Path)
         data = compose(["data=folder", f"data.path={path}", "data.image_size=32"]).data
         with pytest.raises(DataError):
             door.duplicates(data, tmp_path, out)
+
+
+@pytest.mark.parametrize("theirs", ["report.json", "groups.png"])
+def test_files_of_something_else_are_not_replaced(
+    folder: Path, tmp_path: Path, theirs: str
+) -> None:
+    data = compose(["data=folder", f"data.path={folder}", "data.image_size=8"]).data
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / theirs).write_text('{"precious": 1}')
+    with pytest.raises(DataError, match=r"of something else; name another --output-dir"):
+        door.duplicates(data, tmp_path, out)
+    assert (out / theirs).read_text() == '{"precious": 1}'
+    (out / theirs).unlink()
+    for _ in range(2):  # its own files are replaced
+        assert door.duplicates(data, tmp_path, out) == 0

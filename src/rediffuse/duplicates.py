@@ -5,6 +5,7 @@
     groups.png        a row for each of the largest groups
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from rediffuse.evaluation.duplicates import QUALITY, SHIFT, Found, Group, find, 
 from rediffuse.images import Images, prepare
 from rediffuse.pictures import grid, save_png
 from rediffuse.progress import Progress
+from rediffuse.reading import read_object
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.words import json_text, say
 
@@ -46,8 +48,11 @@ def duplicates(
     """Find duplicates in a data set, write them down and tell; return the exit code.
 
     Raises:
-        DataError: if the images cannot be read, or the folder not be written.
+        DataError: if the images cannot be read, or the folder not be written or holds other files
+            of the names that are written.
     """
+    if folder:
+        _refuse_other_files(folder)
     images = prepare(data, root)
     packed = images.packed
     pixels = np.concatenate([part.images for part in packed.parts.values()])
@@ -123,6 +128,22 @@ def _picture(pixels: np.ndarray, groups: Sequence[Group]) -> UInt8[np.ndarray, "
         for group in groups[:_ROWS]
     ]
     return grid(np.concatenate(rows or [blank]), columns=_COLUMNS)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Refuse to replace a report or a picture that no search for duplicates wrote."""
+    report, picture = folder / "report.json", folder / "groups.png"
+    if not os.path.lexists(report) and not os.path.lexists(picture):
+        return
+    try:
+        ours = {"fingerprint", "expected_false", "groups"} <= read_object(report, 2**30).keys()
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise DataError(
+            f"{folder} holds a report.json or groups.png of something else; name another "
+            "--output-dir"
+        )
 
 
 def _write(folder: Path, facts: Facts, picture: np.ndarray) -> None:
