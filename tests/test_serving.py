@@ -26,7 +26,8 @@ from PIL import Image
 from rediffuse import api, launch, runs, serving
 from rediffuse.config.compose import compose
 from rediffuse.errors import ConfigError
-from rediffuse.serving import export
+from rediffuse.models import load
+from rediffuse.serving import Generator, export
 from rediffuse.tracking import mlflow
 
 # MLflow's own tables, as the newest SQLAlchemy sees them, and what MLflow says of itself.
@@ -120,7 +121,7 @@ def test_the_logged_model_draws_the_very_pixels_of_sample(
     ("rows", "params", "why"),
     [
         ({"image": [0], "class": ["cat"]}, {}, "class 'cat': there is none"),
-        ({"image": [-1]}, {}, "image numbers and a seed from 0 on"),
+        ({"image": [-1]}, {}, "image=-1: expected a whole number from 0"),
         ({"image": [0] * 5000}, {}, "expected 1 to 4096 rows"),
         ({"image": [0]}, {"solver": "huen"}, "did you mean heun"),
         ({"image": [0]}, {"solver": "os.system"}, "os.system"),
@@ -226,3 +227,31 @@ def test_mlflow_models_serve_answers_with_the_images_of_the_run(
     status, text = asked(address, {"inputs": {"image": [0]}, "params": {"solver": "huen"}})
     assert status == 400
     assert "did you mean heun" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "params", "why"),
+    [
+        ({}, {"seed": 2**32}, "seed=4294967296: expected a whole number from 0 to 4294967295"),
+        ({}, {"seed": -1}, "seed=-1: expected"),
+        ({}, {"seed": float("nan")}, "seed=nan: expected"),
+        ({}, {"seed": float("inf")}, "seed=inf: expected"),
+        ({}, {"seed": None}, "seed=None: expected"),
+        ({}, {"seed": 1.5}, r"seed=1\.5: expected"),
+        ({}, {"steps": float("nan")}, "steps=nan: expected"),
+        ({}, {"guidance": float("nan")}, "expected a finite number"),
+        ({"image": float("nan")}, {}, "image=nan: expected"),
+        ({"image": 2**63}, {}, "image=9223372036854775808: expected"),
+        ({"image": None}, {}, "image=None: expected"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_in_words_also_without_a_schema(
+    trained: tuple[Path, str], row: dict[str, Any], params: dict[str, Any], why: str
+) -> None:
+    """As a caller from Python, whom MLflow's schema does not stand before."""
+    from mlflow.exceptions import MlflowException
+
+    asked = pandas.DataFrame([{"image": 0, **row}], dtype=object)
+    generator = Generator(load(trained[1], root=trained[0]))
+    with pytest.raises(MlflowException, match=why):
+        generator.predict(asked, params)

@@ -149,7 +149,7 @@ def _is_ours(file: Path) -> bool:
         return True
     if not file.is_file():
         return False
-    if file.suffix.lower() == ".gif":
+    if file.suffix.lower() in (".gif", ".jpg", ".jpeg"):  # its comment is in its head
         with open_regular(file, links=True) as stream:
             return MARK.encode() in stream.read(4096)
     return facts_in(file) is not None

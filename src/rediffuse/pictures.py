@@ -63,6 +63,26 @@ def save_png(
     return file
 
 
+PICTURES = (".png", ".jpg", ".jpeg")
+
+
+def save_picture(pixels: UInt8[np.ndarray, "h w c"], file: Path, facts: Mapping[str, Any]) -> Path:
+    """Write a PNG or a JPEG, as the name ends, with its facts; complete or not at all.
+
+    A JPEG has no transparency: images of 4 channels lie on white.
+    """
+    if file.suffix.lower() == ".png":
+        return save_png(pixels, file, facts)
+    image, written = _image(pixels), io.BytesIO()
+    if image.mode == "RGBA":
+        below = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(below, image).convert("RGB")
+    image.save(written, "JPEG", quality=95, comment=f"{MARK} {json.dumps(facts)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, written.getvalue(), sync=False)
+    return file
+
+
 def save_film(frames: Iterable[UInt8[np.ndarray, "h w c"]], file: Path) -> Path:
     """Write frames as a GIF that repeats for ever, 80 ms each; complete or not at all."""
     first, *rest = map(_image, frames)
@@ -89,7 +109,7 @@ def film(frames: Sequence[UInt8[np.ndarray, "h w c"]], last_ms: int = 1500) -> b
 def png(pixels: UInt8[np.ndarray, "h w c"], facts: Mapping[str, Any] | None = None) -> bytes:
     """The bytes of a PNG, as `save_png` writes it."""
     written, text = io.BytesIO(), PngInfo()
-    if facts:
+    if facts is not None:
         text.add_text(MARK, json.dumps(facts))
     _image(pixels).save(written, "PNG", pnginfo=text)
     return written.getvalue()

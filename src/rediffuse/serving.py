@@ -100,7 +100,7 @@ class Generator:
     def _drawn(
         self, rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        job = self._job(rows, int(params["seed"]))
+        job = self._job(rows, _whole("seed", params["seed"], 2**32))
         how = self._way(params)
         pngs = [_png(image) for _, pixels in draw(self.model, how, job) for image in pixels]
         names = (
@@ -112,29 +112,43 @@ class Generator:
         ]
 
     def _job(self, rows: Sequence[Mapping[str, Any]], seed: int) -> Job:
-        numbers = tuple(int(row["image"]) for row in rows)
-        if not 1 <= len(numbers) <= MOST_IMAGES or min(numbers) < 0 or seed < 0:
-            raise ConfigError(
-                f"expected 1 to {MOST_IMAGES} rows, and image numbers and a seed from 0 on"
-            )
-        classes = [known for row in rows if (known := self._class(row)) is not None]
+        if not 1 <= len(rows) <= MOST_IMAGES:
+            raise ConfigError(f"expected 1 to {MOST_IMAGES} rows, not {len(rows)}")
+        numbers = tuple(_whole("image", row["image"], 2**63) for row in rows)
+        named = zip(numbers, (row.get("class") for row in rows), strict=True)
+        classes = [
+            known for image, name in named if (known := self._class(image, name)) is not None
+        ]
         return Job(numbers, tuple(classes) or None, seed)
 
-    def _class(self, row: Mapping[str, Any]) -> int | None:
-        name = row.get("class")
+    def _class(self, image: int, name: object) -> int | None:
         asked = name if isinstance(name, str) and name else None  # a data frame's gap is NaN
-        found = classes_for([int(row["image"])], self.model.class_names, asked)
+        found = classes_for([image], self.model.class_names, asked)
         return found[0] if found else None
 
     def _way(self, params: Mapping[str, Any]) -> Sampling:
         given = {name: params[name] for name in params if params[name] != self._left_open[name]}
+        steps = given.get("steps")
         options = Options(
-            solver=given.get("solver"), steps=given.get("steps"), guidance=given.get("guidance")
+            solver=given.get("solver"),
+            steps=None if steps is None else _whole("steps", steps, 2**31),
+            guidance=given.get("guidance"),
         )
         model = self.model
         how = wanted(model.config.sampling, options)
         check_sampling(model.config, how, model.denoiser.schedule, model.trusted)
         return how
+
+
+def _whole(name: str, value: Any, end: int) -> int:
+    """A whole number of a request, which may come as a float."""
+    try:
+        number = int(value)
+        if number == value and 0 <= number < end:
+            return number
+    except (TypeError, ValueError, OverflowError):  # None, a word, NaN, infinity
+        pass
+    raise ConfigError(f"{name}={value!r:.80}: expected a whole number from 0 to {end - 1}")
 
 
 def _png(image: Any) -> str:
