@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +16,14 @@ import torch
 from cli import TINY, content, rediffuse, run_id
 from PIL import Image
 
-from rediffuse import drawing, gallery, outputs, runs
+from rediffuse import api, drawing, gallery, models, outputs, runs
 from rediffuse.drawing import Job, batch_that_fits, classes_for, draw
 from rediffuse.errors import CheckpointError, ConfigError, DataError, RunError
 from rediffuse.gallery import Options, image_numbers, wanted
 from rediffuse.models import load
 from rediffuse.networks.replay import Replay
 from rediffuse.pictures import columns_for, grid, save_png
-from rediffuse.training import memory
+from rediffuse.training import committed, memory
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +394,116 @@ def test_python_does_what_the_command_line_does(trained: tuple[Path, str], tmp_p
     assert predicted.x_0.shape == x_t.shape
     with pytest.raises(ConfigError, match="weights=mean: expected average or raw"):
         library.load(run, root=root, weights="mean")
+
+
+@pytest.mark.parametrize("moment", ["_check_size", "load_weights", "digest_of_weights", "facts"])
+def test_a_checkpoint_that_retention_removes_while_it_is_read_gives_way_to_the_next(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    run = runs.Run(shutil.copytree(trained[0] / trained[1], tmp_path / trained[1]))
+    *older, newest = committed.checkpoints(run.checkpoints)
+    for each in older:
+        shutil.rmtree(each)
+    place = next(
+        module for module in (models, committed, models.checkpoint) if moment in vars(module)
+    )
+    plain = getattr(place, moment)
+
+    def late(*given: Any, **more: Any) -> Any:
+        if newest.exists():  # the run commits another one, and removes this
+            newest.rename(newest.with_name("step-00000099"))
+        return plain(*given, **more)
+
+    monkeypatch.setattr(place, moment, late)
+    model = load(run.directory)
+    assert model.origin
+    assert model.origin["checkpoint"] == "step-00000099"
+
+
+def test_numbers_of_images_may_be_ranges_and_numpys(trained: tuple[Path, str]) -> None:
+    model = load(trained[1], root=trained[0])
+    expected = api.sample(model, 3, steps=1)
+    for images in (np.int64(3), range(3), np.arange(3), (j for j in [0, 1, 2])):
+        found = api.sample(model, images, steps=np.int32(1), seed=np.uint8(0))
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"images": "3"}, "images='3': expected a whole number"),
+        ({"images": 2.0}, r"images=2\.0: expected a whole number"),
+        ({"images": True}, "images=True: expected a whole number"),
+        ({"images": [0, 1.5]}, r"images=1\.5: expected a whole number"),
+        ({"images": np.zeros((2, 2), int)}, "expected a whole number"),
+        ({"images": []}, "expected 1 or more"),
+        ({"images": [-1]}, "images=-1: expected a whole number from 0"),
+        ({"images": 0}, "images=0: expected a whole number from 1"),
+        ({"seed": 2**32}, "seed=4294967296: expected a whole number from 0 to 4294967295"),
+        ({"seed": "x"}, "seed='x': expected a whole number"),
+        ({"steps": 2.5}, r"steps=2\.5: expected a whole number"),
+        ({"batch_size": 0}, "batch_size=0: expected a whole number from 1"),
+        ({"solver": 3}, "solver=3: expected a name"),
+        ({"class_name": 3}, "class_name=3: expected a name"),
+        ({"guidance": [2]}, r"guidance=\[2\]: expected a number"),
+        ({"guidance": float("nan")}, "expected a finite number"),
+        ({"way": "varied"}, "way='varied': expected one of rediffuse.drawing"),
+        ({"model": "3f2a91"}, "sample draws from a model, not from str"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_in_words(
+    trained: tuple[Path, str], wrong: dict[str, object], says: str
+) -> None:
+    given = {"model": load(trained[1], root=trained[0]), "steps": 1, **wrong}
+    with pytest.raises(ConfigError, match=says):
+        api.sample(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.JPEG", "JPEG")]
+)
+def test_a_picture_is_what_its_name_says(
+    trained: tuple[Path, str], tmp_path: Path, name: str, kind: str
+) -> None:
+    for images in (1, [2, 3]):  # what an earlier call wrote may be replaced
+        file = api.generate_samples(
+            trained[1], images, tmp_path / "new" / name, root=trained[0], steps=1
+        )
+        with Image.open(file) as picture:
+            assert picture.format == kind
+    assert [one.name for one in file.parent.iterdir()] == [name]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("x.tiff", "expected a name that ends in .png, .jpg, .jpeg"),
+        ("x", "expected a name that ends in"),
+        ("", "expected the path of a picture"),
+        (3, "output_path=3: expected the path of a picture"),
+        ("mine.png", "is there and was not written by rediffuse"),
+        ("mine.jpg", "is there and was not written by rediffuse"),
+        ("folder.png", "is there and was not written by rediffuse"),
+        ("mine.png/x.png", "cannot be written"),
+    ],
+)
+def test_a_picture_goes_to_no_place_of_anothers(
+    trained: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("mine.png", "mine.jpg"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    before = content(tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        api.generate_samples(trained[1], 1, path, root=trained[0], steps=1)
+    assert content(tmp_path) == before
 
 
 def test_a_finished_run_says_so_and_fixed_keys_are_refused_with_both_values(

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -80,12 +81,9 @@ def load(
         compiled = compiled or bool(config.training.compile)
     set_determinism(config.determinism, chosen_device, threads, compiled=compiled)
     names = _class_names(run)
-    chosen = _checkpoint(run, which, config.training.best_metric)
-    _check_size(config, len(names), chosen, trusted)
-    network = build.network(config, len(names), trusted)
     weights = weights if config.average.half_life_images else "raw"
-    checkpoint.load_weights(network, chosen, weights)
-    network = network.to(chosen_device).eval()
+    read = _read_steadily(run, which, config, len(names), weights, trusted)
+    network = read.denoiser.network.to(chosen_device).eval()
     if compiled:
         try:
             try_compiler(chosen_device)
@@ -95,27 +93,66 @@ def load(
             compiled = False
     if chosen_device.type == "cuda":
         network = Replay(network)
+    origin = {
+        "run": run.id,
+        "checkpoint": read.checkpoint,
+        "weights": weights,
+        "digest": read.digest[:16],
+    }
+    return Model(
+        config,
+        replace(read.denoiser, network=network),
+        names,
+        chosen_device,
+        _precision(config, chosen_device),
+        trusted=tuple(trusted),
+        origin=origin,
+        images_seen=read.images_seen,
+        compiled=compiled,
+    )
+
+
+class _Read(NamedTuple):
+    """What a model takes from a checkpoint."""
+
+    denoiser: Denoiser
+    checkpoint: str
+    digest: str
+    images_seen: int
+
+
+def _read_steadily(
+    run: Run, which: str, config: Config, num_classes: int, weights: str, trusted: Sequence[str]
+) -> _Read:
+    """Choose a checkpoint and read it, anew if the run removes old ones meanwhile.
+
+    Retention keeps the newest two, so that a run has to commit two others while one is read.
+    """
+    for _ in range(_MOST_TRIES):
+        before = committed.checkpoints(run.checkpoints)
+        try:
+            chosen = _checkpoint(run, which, config.training.best_metric)
+            return _read(config, num_classes, chosen, weights, trusted)
+        except (CheckpointError, OSError):
+            if all(each.exists() for each in before):
+                raise
+    raise CheckpointError(f"run {run.id} removes its checkpoints faster than they can be read")
+
+
+_MOST_TRIES = 10
+
+
+def _read(
+    config: Config, num_classes: int, chosen: Path, weights: str, trusted: Sequence[str]
+) -> _Read:
+    _check_size(config, num_classes, chosen, trusted)
+    network = build.network(config, num_classes, trusted)
+    checkpoint.load_weights(network, chosen, weights)
     denoiser = build.denoiser(config, network, trusted)
     if isinstance(denoiser.schedule, nn.Module):
         checkpoint.load_schedule(denoiser.schedule, chosen)
-    origin = {
-        "run": run.id,
-        "checkpoint": chosen.name,
-        "weights": weights,
-        "digest": committed.digest_of_weights(chosen, weights)[:16],
-    }
-    precision, seen = _precision(config, chosen_device), committed.facts(chosen)["images_seen"]
-    return Model(
-        config,
-        denoiser,
-        names,
-        chosen_device,
-        precision,
-        trusted=tuple(trusted),
-        origin=origin,
-        images_seen=seen,
-        compiled=compiled,
-    )
+    digest, seen = committed.digest_of_weights(chosen, weights), committed.facts(chosen)
+    return _Read(denoiser, chosen.name, digest, seen["images_seen"])
 
 
 _WEIGHTS = ("average", "raw")
