@@ -43,12 +43,19 @@ def test_training_in_python_tells_all_that_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "lengths", [("12_000", "6_000"), ("600", "300")], ids=["as it is", "short"]
+)
 def test_the_journal_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: tuple[str, str]
 ) -> None:
+    """With fewer images than an epoch, too."""
     monkeypatch.setenv("REDIFFUSE_ROOT", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     journal = nbformat.read(JOURNAL, as_version=4)
+    for cell in journal.cells:
+        cell.source = cell.source.replace("IMAGES = 12_000", f"IMAGES = {lengths[0]}")
+        cell.source = cell.source.replace("FEWER = 6_000", f"FEWER = {lengths[1]}")
     there = [shown(cell) for cell in journal.cells]
     NotebookClient(journal, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [shown(cell) for cell in journal.cells] == there  # the same pictures in the same places

@@ -547,6 +547,8 @@ def _go(
             session.owed_preview(state)
             looking: list[Hook] = [*session.hooks(), interrupts]
             reason = session.ended(state) or loop(recipe, state, steps, looking, session.planned)
+            if not interrupts.received:
+                session.check_trained(state)
             session.save(state)
             session.saved()
             session.final_preview(state)

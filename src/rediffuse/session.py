@@ -1,6 +1,5 @@
 """What surrounds the loop in one process: what is recorded, shown and saved, and when."""
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from rediffuse import drawing
 from rediffuse.config.compose import leaves
 from rediffuse.config.schema import FREE, Config
 from rediffuse.data.batches import Batch, fixed
-from rediffuse.errors import RediffuseError
+from rediffuse.errors import RediffuseError, TrainingError
 from rediffuse.images import Images
 from rediffuse.judging import Proxy
 from rediffuse.lengths import command, next_command, planned_images
@@ -35,7 +34,7 @@ from rediffuse.training import checkpoint, committed, hooks
 from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
-from rediffuse.words import masked_tree, tell
+from rediffuse.words import json_text, masked_tree, tell
 
 Value = TypeVar("Value")
 
@@ -118,15 +117,17 @@ class Session:
         epoch, now_and_then = self.images.per_epoch, self._now_and_then
         when = partial(every, batch_size=size)
         often = training.log_every_images or min(50 * size, epoch)
+        log, log_epoch = hooks.Log(self._log), hooks.LogEpoch(self._record, epoch)
         looking: list[Hook] = [
             self._skipped,
-            when(often, hook=hooks.log(self._log)),
-            when(epoch, hook=hooks.log_epoch(self._record, epoch)),
+            when(often, hook=log),
+            when(epoch, hook=log_epoch),
         ]
         if self._validation:
             attempt = partial(self._attempt, "validation loss")
             check = hooks.validate(self.recipe, self._validation, self._record, attempt)
             looking.append(when(training.validate_every_images or now_and_then, hook=check))
+        looking += [hooks.at_end(self._is_at_end, rest) for rest in (log.rest, log_epoch.rest)]
         if self._main:
             saves = training.checkpoint_every_images or now_and_then
             looking.append(hooks.first_step(self._say))
@@ -143,6 +144,25 @@ class Session:
             looking.append(when(saves, hook=lambda state, _: self.save(state)))
         looking.append(hooks.stop_when(self.ended))
         return looking
+
+    def _is_at_end(self, state: TrainState) -> bool:
+        """Whether the run, not this process alone, ends here."""
+        checks = self.config.training.early_stopping_checks
+        return state.images_seen >= self.planned or bool(hooks.stopped_early(state, checks))
+
+    def check_trained(self, state: TrainState) -> None:
+        """Hold a run to have learned something.
+
+        Raises:
+            TrainingError: if every step of it was skipped.
+        """
+        self._skipped.look(state)
+        if state.step and int(state.skipped_steps) == state.step:
+            raise TrainingError(
+                f"all {state.step} steps were skipped, since no loss or gradient was finite "
+                "(logs/non_finite.jsonl): nothing was learned. Look at data.mean and data.std, "
+                "lower training.learning_rate, or use training.precision=bf16 or fp32"
+            )
 
     def ended(self, state: TrainState) -> str | None:
         """Why this process takes no further step, though the planned length is not reached."""
@@ -398,12 +418,17 @@ class Session:
         )
 
     def _write_epochs(self) -> None:
+        """Write the mean loss of each epoch; the last one may be a part of an epoch."""
         epochs = [
-            {"epoch": int(row["epoch"]), "images": int(row["images"]), "loss": row["epoch/loss"]}
+            {
+                "epoch": int(row["epoch"]) if row["epoch"].is_integer() else row["epoch"],
+                "images": int(row["images"]),
+                "loss": row["epoch/loss"],
+            }
             for row in read_metrics(self.run.metrics)
             if "epoch/loss" in row and math.isfinite(row.get("epoch", math.nan))
         ]
-        write_atomically(self.run.epochs, json.dumps(epochs, indent=1).encode())
+        write_atomically(self.run.epochs, json_text(epochs).encode())
 
 
 def _why(failed: Exception) -> str:

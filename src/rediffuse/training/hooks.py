@@ -34,33 +34,55 @@ _IMPORTED = time.monotonic()
 Record = Callable[[dict[str, float], int], None]
 
 
-def log(record: Record) -> Hook:
+class Log:
     """Record mean losses since the last time, learning rate, gradient norm and speed."""
-    clock = _Clock()
 
-    def write(state: TrainState, metrics: dict[str, Tensor]) -> None:
+    def __init__(self, record: Record) -> None:
+        self._record, self._clock = record, _Clock()
+
+    def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Record them, and begin anew."""
+        self._write(state, metrics)
+        state.since_log = Sums()
+
+    def rest(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Record what came after the last time, if anything did, at the end of a run.
+
+        Nothing begins anew, so that a run that is made longer goes on as if it had been planned so.
+        """
+        if state.since_log.images:
+            self._write(state, metrics)
+
+    def _write(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
         values = state.since_log.means()
         values |= {name: metrics[name].item() for name in ("gradient_norm", "learning_rate")}
-        values |= {"images_per_s": clock.per_second(state.images_seen)}
+        speed = self._clock.per_second(state.images_seen)
+        values |= {} if speed is None else {"images_per_s": speed}
         values |= {"skipped_steps": float(state.skipped_steps.item())}
         values |= {"loss_spikes": state.usual_loss.spikes.item()}
         state.metrics["loss"] = values["loss"]
-        record(values, state.images_seen)
-        state.since_log = Sums()
-
-    return write
+        self._record(values, state.images_seen)
 
 
-def log_epoch(record: Record, images_per_epoch: int) -> Hook:
+class LogEpoch:
     """Record the mean training loss of the epoch that has just ended."""
 
-    def write(state: TrainState, metrics: dict[str, Tensor]) -> None:
-        epoch = float(state.images_seen // images_per_epoch)
-        loss = state.metrics["epoch/loss"] = state.this_epoch.means()["loss"]
-        record({"epoch": epoch, "epoch/loss": loss}, state.images_seen)
+    def __init__(self, record: Record, images_per_epoch: int) -> None:
+        self._record, self._images_per_epoch = record, images_per_epoch
+
+    def __call__(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Record it, and begin anew."""
+        self._write(state, float(state.images_seen // self._images_per_epoch))
         state.this_epoch = Sums()
 
-    return write
+    def rest(self, state: TrainState, metrics: dict[str, Tensor]) -> None:
+        """Record a part of an epoch at the end of a run, if there is one, as `Log.rest` does."""
+        if state.this_epoch.images:
+            self._write(state, state.images_seen / self._images_per_epoch)
+
+    def _write(self, state: TrainState, epoch: float) -> None:
+        loss = state.metrics["epoch/loss"] = state.this_epoch.means()["loss"]
+        self._record({"epoch": epoch, "epoch/loss": loss}, state.images_seen)
 
 
 Measure = Callable[[], float]
@@ -232,6 +254,16 @@ def state_digests(state: TrainState) -> dict[str, str]:
     return found
 
 
+def at_end(is_at_end: Callable[[TrainState], bool], hook: Hook) -> Hook:
+    """Call a hook after the last step of a run."""
+
+    def look(state: TrainState, metrics: dict[str, Tensor]) -> None:
+        if is_at_end(state):
+            hook(state, metrics)
+
+    return look
+
+
 def stop_when(reason: Callable[[TrainState], str | None]) -> Hook:
     """Stop for a reason that the state alone gives."""
 
@@ -374,7 +406,8 @@ class _Clock:
     def __init__(self) -> None:
         self._last: tuple[float, int] | None = None
 
-    def per_second(self, images_seen: int) -> float:
+    def per_second(self, images_seen: int) -> float | None:
+        """The speed since the call before; None at the first."""
         now, last = (time.monotonic(), images_seen), self._last
         self._last = now
-        return (now[1] - last[1]) / (now[0] - last[0]) if last else 0.0
+        return (now[1] - last[1]) / (now[0] - last[0]) if last else None

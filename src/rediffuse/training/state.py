@@ -1,5 +1,6 @@
 """Everything that a step changes. A checkpoint is this and nothing else."""
 
+import math
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,9 +49,18 @@ class Sums:
         """The sums if the condition is true, else nothing; nobody has to know which."""
         return Sums(*(torch.where(condition, value, 0.0) for value in self.tensors()))
 
+    @property
+    def images(self) -> float:
+        """How many images were summed up, weighted where losses are; waits for their device."""
+        return self.bin_images.sum().item()
+
     def means(self) -> dict[str, float]:
-        """The mean loss, over all noise levels and in each bin that saw an image."""
-        means = {"loss": self.loss.item() / max(1.0, self.bin_images.sum().item())}
+        """The mean loss, over all noise levels and in each bin that saw an image.
+
+        It is NaN where no image was seen: every step was skipped.
+        """
+        images = self.images
+        means = {"loss": self.loss.item() / max(1.0, images) if images else math.nan}
         edges = ("-inf", *(f"{edge:g}" for edge in BIN_EDGES), "inf")
         sums = zip(self.bin_loss.tolist(), self.bin_images.tolist(), strict=True)
         for i, (loss, images) in enumerate(sums):
