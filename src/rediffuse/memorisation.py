@@ -241,7 +241,7 @@ def _versions(known: Known) -> str:
     """In which versions a training image is compared, in words."""
     shifts = f"shifted by up to {known.crop_padding} pixels" if known.crop_padding else ""
     ways = " or ".join(filter(None, (shifts, "mirrored" if known.flip else "")))
-    return f", as it is, {ways}," if ways else ""
+    return f", as it is or {ways}," if ways else ""
 
 
 def _most(near: Nearness, count: int) -> list[int]:
