@@ -296,6 +296,9 @@ def _checked(
                 f"{full}: no such key{did_you_mean(name, own)}; {key} '{function.__name__}' {takes}"
             )
         if name in AXES and isinstance(value, Mapping):
+            if not isinstance(value.get("name"), str):
+                given = repr(value.get("name"))[:200]
+                raise ConfigError(f"{full}.name: expected a name, not {given}")
             checked[name] = bind(name, Part.model_validate(value), full, trusted)
         else:
             checked[name] = _typed(own[name].annotation, value, full)
@@ -311,12 +314,12 @@ def _typed(annotation: Any, value: Any, key: str) -> Any:
         found = TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError as refused:
         why = refused.errors()[0]["msg"].replace("Input should be", "expected")
-        raise ConfigError(f"{key}: {why}, not {value!r}") from None
+        raise ConfigError(f"{key}: {why}, not {repr(value)[:200]}") from None
     for numbers, number in _ranged(annotation, value):
         if number not in numbers:
-            raise ConfigError(f"{key}: expected {numbers}, not {number!r}")
+            raise ConfigError(f"{key}: expected {numbers}, not {repr(number)[:200]}")
     if any(number != number for number in (value if isinstance(value, tuple) else (value,))):
-        raise ConfigError(f"{key}: expected a number, not {value!r}")
+        raise ConfigError(f"{key}: expected a number, not {repr(value)[:200]}")
     return found
 
 

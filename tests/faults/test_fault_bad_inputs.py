@@ -381,6 +381,19 @@ hang("a schedule of 10^12 steps", "steps", changed("steps: 1000", "steps: 100000
 hang("a million threads", "threads", changed("threads: 1", "threads: 1000000000"))
 
 
+hang("a norm named 7", "model.norm.name", changed("name: group", "name: 7"))
+
+
+@bad("keeps no average")
+def weights_that_the_manifest_does_not_list(place: Place) -> list[str]:
+    file = place.checkpoint / "average.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    sealed(place)
+    file.write_bytes(content)
+    return place.sample()
+
+
 @bad("more than 1,000,000 bytes")
 def a_configuration_of_50_MB(place: Place) -> list[str]:
     os.truncate(place.run / "config.yaml", 50_000_000)

@@ -128,10 +128,16 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
     Raises:
         CheckpointError: if the checkpoint does not verify, or was made by another network.
     """
-    verify(checkpoint)
-    saved = facts(checkpoint)
+    files, saved = verify(checkpoint), facts(checkpoint)
+    for name in (
+        "model.safetensors",
+        "optimizer.safetensors",
+        *([LEARNED] if state.learned else []),
+    ):
+        if name not in files:
+            raise CheckpointError(f"{checkpoint.name}: {name} is not in its manifest")
     _load_module(state.network, checkpoint / "model.safetensors")
-    if state.average and (checkpoint / "average.safetensors").exists():
+    if state.average and "average.safetensors" in files:
         _load_module(state.average.network, checkpoint / "average.safetensors")
     elif state.average:  # switched on since: the weights that the network began with are long gone
         state.average.restart(state.network)
@@ -177,9 +183,8 @@ def load_weights(network: nn.Module, checkpoint: Path, weights: str = "average")
     Raises:
         CheckpointError: if the checkpoint does not verify, does not fit, or has no average.
     """
-    verify(checkpoint)
     file = WEIGHTS[weights]
-    if not (checkpoint / file).exists():
+    if file not in verify(checkpoint):
         raise CheckpointError(f"{checkpoint} keeps no average; use --weights raw")
     _load_module(network, checkpoint / file)
     return weights

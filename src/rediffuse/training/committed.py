@@ -108,13 +108,16 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     raise CheckpointError(f"{checkpoint.name}: its {STATE} is damaged")
 
 
-def verify(checkpoint: Path) -> None:
-    """Hold every file to the manifest's size and SHA-256.
+def verify(checkpoint: Path) -> set[str]:
+    """Hold every file to the manifest's size and SHA-256; return their names.
+
+    Other files are no part of the checkpoint, and are not to be read.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
-    for name, entry in _manifest(checkpoint).items():
+    files = _manifest(checkpoint)
+    for name, entry in files.items():
         file = checkpoint / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{checkpoint.name}: {name} is missing")
@@ -124,6 +127,7 @@ def verify(checkpoint: Path) -> None:
             )
         if _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{checkpoint.name}: {name} is damaged (SHA-256 differs)")
+    return set(files)
 
 
 def retain(
