@@ -455,7 +455,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_not_needed(
     assert tried(cases, whole, tmp_path, zygote) == []
 
 
-DRAWN = 60
+DRAWN = 40
 
 
 def test_damaged_files_are_refused_in_one_line_or_not_needed(
