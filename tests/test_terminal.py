@@ -20,6 +20,7 @@ import click
 import pytest
 from cli import TINY
 from click.shell_completion import ShellComplete
+from click.testing import CliRunner
 from rich.cells import cell_len
 
 from rediffuse import overview, plan, tables
@@ -420,3 +421,21 @@ def test_a_narrow_terminal_loses_no_value(
     assert max(map(cell_len, seen.splitlines())) <= columns
     assert all(word in re.sub(r"\s", "", seen) for word in [*facts, *facts.values()])
     assert all(seen.count(cell) == 2 for cell in row)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "abcdef", "--output-dir", ""),
+        ("sample", "abcdef", "--input", ""),
+        ("sample", "abcdef", "--input", "x.png", "--mask", ""),
+        ("report", "abcdef", "--output", ""),
+        ("report", "abcdef", "--pictures", ""),
+        ("compare", "abcdef", "abcdef", "--html", ""),
+        ("compare", "abcdef", "abcdef", "--output-dir", ""),
+    ],
+)
+def test_an_empty_path_is_refused_and_is_not_the_working_directory(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(program, words)
+    assert done.exit_code == 2
+    assert "not an empty text" in done.output

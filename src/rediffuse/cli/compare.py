@@ -29,9 +29,7 @@ from rediffuse.cli import complete, options
     type=click.Path(path_type=Path, file_okay=False),
     help="Else in comparisons/, beside A.",
 )
-@click.option(
-    "--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write a page of it."
-)
+@click.option("--html", type=options.FILE, metavar="FILE.html", help="Also write a page of it.")
 @options.json_output
 @options.root
 @options.trust

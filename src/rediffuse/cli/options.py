@@ -15,15 +15,21 @@ WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 class _Folder(click.ParamType):  # type: ignore[type-arg]
     """The path of a folder; an empty one, as of a shell variable that is not set, is refused."""
 
-    name = "directory"
+    name, what = "directory", "a folder"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if not str(value):
-            self.fail("expected the path of a folder, not an empty text", param, ctx)
+            self.fail(f"expected the path of {self.what}, not an empty text", param, ctx)
         return Path(value)
 
 
-FOLDER = _Folder()
+class _File(_Folder):
+    """The same of a file, or of either."""
+
+    name, what = "path", "a file"
+
+
+FOLDER, FILE = _Folder(), _File()
 
 words = click.argument(
     "words",

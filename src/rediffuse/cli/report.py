@@ -12,7 +12,7 @@ from rediffuse.cli import complete, options
 @options.run_id
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=options.FILE,
     metavar="FILE.html",
     help="Else report.html in the run's directory.",
 )

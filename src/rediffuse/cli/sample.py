@@ -52,11 +52,11 @@ from rediffuse.cli import complete, options
 @click.option(
     "--input",
     "inputs",
-    type=click.Path(path_type=Path),
+    type=options.FILE,
     help="Start from an image, or from each of a folder's.",
 )
 @click.option("--strength", type=float, help="How much of it to make new, 0 to 1 [default: 0.6].")
-@click.option("--mask", type=click.Path(path_type=Path), help="Paint only where this is white.")
+@click.option("--mask", type=options.FILE, help="Paint only where this is white.")
 @click.option(
     "--resamplings",
     type=click.IntRange(1),
@@ -87,7 +87,7 @@ from rediffuse.cli import complete, options
 @click.option(
     "--output-dir",
     "--output_dir",
-    type=click.Path(path_type=Path),
+    type=options.FOLDER,
     help="Else in the run's samples/.",
 )
 @click.option("--film", is_flag=True, help="Also write the way from noise to image as a GIF.")
