@@ -26,7 +26,7 @@ from rediffuse.cli import complete, options
 @click.option(
     "--output-dir",
     "--output_dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=options.OUTPUT,
     help="Else in comparisons/, beside A.",
 )
 @click.option("--html", type=options.FILE, metavar="FILE.html", help="Also write a page of it.")

@@ -29,7 +29,17 @@ class _File(_Folder):
     name, what = "path", "a file"
 
 
-FOLDER, FILE = _Folder(), _File()
+class _Output(_Folder):
+    """The same of a folder to write into, which may not be a file."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        folder = super().convert(value, param, ctx)
+        if folder.is_file():
+            self.fail(f"{folder} is a file; expected a folder", param, ctx)
+        return folder
+
+
+FOLDER, FILE, OUTPUT = _Folder(), _File(), _Output()
 
 words = click.argument(
     "words",

@@ -1,7 +1,5 @@
 """`rediffuse report`."""
 
-from pathlib import Path
-
 import click
 
 from rediffuse.cli import complete, options
@@ -18,7 +16,7 @@ from rediffuse.cli import complete, options
 )
 @click.option(
     "--pictures",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=options.OUTPUT,
     metavar="FOLDER",
     help="Also write every picture as a file of its own.",
 )
