@@ -133,7 +133,9 @@ def pack(
         return found
     square = partial(to_square, image_size=image_size, channels=channels, fit=fit, fill=fill)
     with _alone_at(folder):
-        if not again and (found := _packed_before(folder, settings, whole)):  # by another process
+        if not again and (
+            found := _packed_before(folder, settings, whole, warn=True)
+        ):  # by another process
             return found
         with _replacing(folder) as building:
             shape = (channels, image_size, image_size)
@@ -279,8 +281,10 @@ def _check(array: np.ndarray, dtype: type, shape: tuple[int, ...], name: str) ->
         raise ValueError(f"{name} is {array.dtype} {array.shape}, not {dtype.__name__} {shape}")
 
 
-def _packed_before(folder: Path, settings: Mapping[str, Any], whole: bool) -> Packed | None:
-    """What was packed with these settings, if it is there and undamaged."""
+def _packed_before(
+    folder: Path, settings: Mapping[str, Any], whole: bool, warn: bool = False
+) -> Packed | None:
+    """What was packed with these settings, if it is there and undamaged; `warn` of damage."""
     if not (folder / FACTS).is_file():
         return None
     try:
@@ -290,8 +294,9 @@ def _packed_before(folder: Path, settings: Mapping[str, Any], whole: bool) -> Pa
         if whole:
             verify(found)
     except (DataError, OSError, ValueError) as damaged:
-        why = str(damaged).removesuffix("; delete it and pack again")
-        tell(f"packed images: {why}; packing again", sys.stderr)
+        if warn:
+            why = str(damaged).removesuffix("; delete it and pack again")
+            tell(f"packed images: {why}; packing again", sys.stderr)
         return None
     return found
 
