@@ -327,6 +327,28 @@ def test_a_run_that_another_process_has_just_made_is_in_nobodys_way(root):
     assert create(root).read().status == "RUNNING"
 
 
+def test_a_new_run_removes_only_what_carries_its_own_mark(root):
+    ours, theirs = root / f".building-{A}", root / ".building-site"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+    (ours / ".unfinished").touch()
+    for folder in (ours, theirs):
+        os.utime(folder, (0, 0))
+    create(root)
+    assert not ours.exists()
+    assert (theirs / "run.json").is_file()
+
+
+def test_a_run_that_another_process_is_creating_is_left_alone(root):
+    unfinished = root / f".building-{'c' * 32}"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text("{}")
+    with pytest.raises(RunError, match="exists already"):
+        create(root, "c" * 32)
+    assert (unfinished / "run.json").is_file()
+
+
 def test_a_name_is_printed_as_it_is(root, capsys):
     overview.print_table([{"id": A, "name": "[/x] [red]:smile:"}])
     assert "[/x] [red]:smile:" in capsys.readouterr().out

@@ -7,7 +7,7 @@
 The key is the digest of everything that the report depends on, so that no report replaces another.
 """
 
-import os
+import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -307,9 +307,9 @@ def _plot(facts: Facts, file: Path) -> None:
         axes.set_xlabel("log-SNR, nats")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(building, dpi=80, format="png")
-    building.replace(file)
+    written = io.BytesIO()
+    figure.savefig(written, dpi=80, format="png")
+    write_atomically(file, written.getvalue())
 
 
 # The terminal

@@ -173,25 +173,41 @@ def create(
         command=tuple(masked_words(command)),
     )
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".building-*"):  # by a process that was killed
-        with suppress(FileNotFoundError):  # or by one that has just finished it
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)
+    _remove_abandoned(root)
     building = Run(root / f".building-{run_id}")
     try:
-        building.logs.mkdir(parents=True)
+        building.directory.mkdir()
+    except FileExistsError:
+        raise RunError(f"{building.directory} exists already; a run is created once") from None
+    try:
+        (building.directory / _MARK).touch()
+        building.logs.mkdir()
         for file, content in (files or {}).items():
             mode = 0o600 if file == building.private.name else 0o666
             write_atomically(building.directory / file, content, mode=mode)
         _write(building, record)
         if run.directory.exists():
             raise FileExistsError
+        (building.directory / _MARK).unlink()
         building.directory.rename(run.directory)
     except FileExistsError:
         raise RunError(f"{run.directory} exists already; a run is created once") from None
     finally:
         shutil.rmtree(building.directory, ignore_errors=True)
     return run
+
+
+_MARK = ".unfinished"
+"""A file in the folder of a run that is being created; only such a folder is ever removed."""
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what a process left that was killed while it created a run, an hour ago or longer."""
+    for left in root.glob(".building-*"):
+        with suppress(OSError):  # another process may have just finished it
+            old = time.time() - left.lstat().st_mtime > _ABANDONED_S
+            if old and not left.is_symlink() and (left / _MARK).is_file():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def find_run(root: Path, word: str) -> Run:
@@ -302,10 +318,12 @@ def _sweep(run: Run) -> None:
                 left.unlink(missing_ok=True)
     checkpoints = run.checkpoints
     for half in () if checkpoints.is_symlink() else checkpoints.glob(".*"):
-        if half.name.startswith((".building-", ".trash-")):
+        if _UNFINISHED.fullmatch(half.name):
             shutil.rmtree(half, ignore_errors=True)
 
 
+# As `training.committed` names checkpoints that it writes and removes.
+_UNFINISHED = re.compile(r"\.building-\d+-\w{8}|\.trash-step-\d+-[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # as `write_atomically` names them
 
 
