@@ -126,6 +126,14 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
     assert updated == record.model_copy(update={"status": "KILLED", "images_seen": 640})
 
 
+@pytest.mark.parametrize("name", [".lock", ".owner"])
+def test_what_is_no_file_in_place_of_a_lock_is_named(root, name):
+    run = create(root)
+    (run.directory / name).mkdir()
+    with pytest.raises(RunError, match=rf"{name} is not a regular file"), locked(run):
+        pass
+
+
 def test_drift_is_kept_with_where_it_began(root):
     run = Run(root / A)
     run.environment.write_text(json.dumps(here(threads=1)))

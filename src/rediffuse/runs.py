@@ -254,8 +254,12 @@ def locked(run: Run) -> Iterator[None]:
     """Be the only writer of a run (`locks.hold`).
 
     Raises:
-        RunError: if another process is, naming its host and process id.
+        RunError: if another process is, naming its host and process id; if there is something else
+            in place of the files that say so.
     """
+    for file in (_lock_of(run), run.directory / ".owner"):
+        if file.exists() and not file.is_file():
+            raise RunError(f"{file} is not a regular file; remove it")
     with ExitStack() as held:
         try:
             held.enter_context(locks.hold(_lock_of(run), _LOCK_S))

@@ -172,7 +172,7 @@ def folder(path: Path, case: Case) -> None:
 
 def truncated(path: Path, case: Case) -> None:
     size = path.stat().st_size
-    os.truncate(path, size - 1 - case.digest % max(1, size))
+    os.truncate(path, case.digest % max(1, size))
 
 
 def not_utf8(path: Path, case: Case) -> None:
