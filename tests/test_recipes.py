@@ -241,7 +241,7 @@ def test_a_checkpoint_without_what_was_learned_is_refused(tmp_path: Path) -> Non
     plain = with_learned()
     saved = checkpoint.save_checkpoint(plain, tmp_path)
     assert "learned.safetensors" not in json.loads((saved / "manifest.json").read_text())["files"]
-    with pytest.raises(CheckpointError, match=r"learned\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"learned\.safetensors is not in its manifest"):
         checkpoint.load_checkpoint(with_learned(loss_aware(bins=4)), saved)
 
 
