@@ -17,7 +17,8 @@ from PIL import Image
 
 from rediffuse.errors import ConfigError
 from rediffuse.tracking import wandb
-from rediffuse.tracking.jsonl import read_metrics
+from rediffuse.tracking.journal import Journal
+from rediffuse.tracking.jsonl import append_metrics, cut_back, read_metrics
 
 pytest.importorskip("wandb")
 
@@ -217,23 +218,65 @@ def test_a_server_that_never_answers_holds_no_process(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / ID / "metrics.jsonl")) == 4
 
 
-def test_online_an_evaluation_of_an_older_checkpoint_is_logged_after_a_newer_one(
-    tmp_path: Path,
+class Online:
+    """A W&B run on a server, as far as a tracker uses one: it keeps what it was given."""
+
+    offline = False
+
+    def __init__(self) -> None:
+        self.resumed = False
+        self.summary: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def define_metric(self, name: str, **how: object) -> None:
+        pass
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.rows.append(values)
+        self.summary |= values
+
+    def finish(self, exit_code: int) -> None:
+        self.resumed = True
+
+    def told(self, name: str) -> list[tuple[int, Any]]:
+        return [(row["images"], row[name]) for row in self.rows if name in row]
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Online:
+    server = Online()
+    monkeypatch.setattr(wandb.Wandb, "_begun", lambda self, params: server)
+    return server
+
+
+def trained(run: Path, start: int, losses: dict[int, float]) -> None:
+    """Train one process' steps from `start` images on, and draw a picture after the last."""
+    journal = Journal(run, [wandb.tracker(run, "tests", None, None)], {}, print)
+    journal.start(start)
+    for images, loss in losses.items():
+        journal.metrics({"loss": loss}, images)
+    journal.images("preview", np.zeros((4, 6, 1), np.uint8), max(losses))
+    assert journal.close("KILLED")
+
+
+def test_online_rows_and_pictures_of_retraining_are_sent_though_wandb_has_later_ones(
+    tmp_path: Path, online: Online
 ) -> None:
-    """What training had logged up to 20 images is not repeated."""
+    trained(tmp_path, 0, {10: 1.0, 20: 2.0, 30: 3.0})
+    cut_back(tmp_path / "metrics.jsonl", 10)
+    trained(tmp_path, 10, {20: 2.5})
+    assert online.told("loss") == [(10, 1.0), (20, 2.0), (30, 3.0), (20, 2.5)]
+    assert [images for images, _ in online.told("samples/preview")] == [30, 20]
 
-    class Logged(list[dict[str, Any]]):
-        def log(self, values: dict[str, Any]) -> None:
-            self.append(values)
 
-    tracker = wandb.tracker(tmp_path / ID, "tests", None, None)
-    tracker._run, tracker._held = Logged(), 20
-    named = "evaluation/fd_classifier_40/heun-18-g1-average"
-    rows = [{"images": images, "loss": 1.0} for images in (10.0, 20.0, 30.0)]
-    tracker.metrics([{**row, "time": 0.5} for row in (*rows, {"images": 10.0, named: 2.0})])
-    assert [(row["images"], row.get(named)) for row in tracker._run] == [
-        (20, None), (30, None), (10, 2.0),
-    ]  # fmt: skip
+def test_online_an_evaluation_of_an_older_checkpoint_is_logged_after_a_newer_one(
+    tmp_path: Path, online: Online
+) -> None:
+    trained(tmp_path, 0, {10: 1.0, 20: 2.0})
+    append_metrics(tmp_path / "metrics.jsonl", {"evaluation/fd": 3.0}, 10)
+    trained(tmp_path, 20, {30: 3.0})
+    assert online.told("loss") == [(10, 1.0), (20, 2.0), (30, 3.0)]
+    assert online.told("evaluation/fd") == [(10, 3.0)]
 
 
 def test_without_its_package_wandb_says_what_to_install(

@@ -18,7 +18,6 @@ from typing import Any
 
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.rasters import read_png
-from rediffuse.tracking.jsonl import is_evaluation
 from rediffuse.tracking.tracker import Held, Row
 
 # Well within what the end of a run waits for a tracker.
@@ -65,7 +64,6 @@ class Wandb:
         self._folder = directory.parent / "wandb"
         self._project = re.sub(r"[/\\#?%:]", "_", experiment)[:PROJECT_LENGTH]
         self._run: Any = None
-        self._held = -1
 
     def open(self, params: Mapping[str, Any]) -> Held:
         """Begin a run of our id, or go on with it.
@@ -80,22 +78,20 @@ class Wandb:
         if self._run.offline:
             was_there = any(path.name.startswith("offline-") for path in known)
             return "everything" if was_there else "nothing"
-        if not self._run.resumed:
-            return "nothing"
-        # A process may have ended before all that it was given was uploaded.
-        self._held = int(self._run.summary.get("images", -1))
-        return "closed"
+        # A process may have ended before all that it was given was uploaded. What arrived cannot be
+        # told from the last images seen: retraining sends other values for fewer images. Everything
+        # since the last `close` is sent again, as a point that is there twice does no harm.
+        return "closed" if self._run.resumed else "nothing"
 
     def metrics(self, rows: Sequence[Row]) -> None:
-        """Log rows; those of training from the last images on that W&B had at `open`."""
+        """Log rows, in any order of their images."""
         for row in rows:
             values = {key: value for key, value in row.items() if key not in ("images", "time")}
-            if is_evaluation(row) or row["images"] >= self._held:
-                self._log(values, int(row["images"]), row["time"])
+            self._log(values, int(row["images"]), row["time"])
 
     def artifact(self, path: Path, name: str, images_seen: int) -> None:
         """Show a PNG, under its name without the number; other files stay in the run only."""
-        if path.suffix == ".png" and images_seen >= self._held:
+        if path.suffix == ".png":
             import wandb
 
             try:
