@@ -3,6 +3,7 @@
 The libraries take seconds to import, so that only the tests that ask them do.
 """
 
+import math
 from itertools import chain
 
 import numpy as np
@@ -301,6 +302,14 @@ def test_leaving_a_group_out_is_measuring_the_rest():
     found = inception_score(logits, 0, splits=1, group=group)
     direct = [inception_score(x, 0, splits=1).mean for x in without(logits, group)]
     assert found.standard_error == pytest.approx(standard_error(direct))
+
+
+def test_the_kernel_distance_to_few_images_has_no_standard_error():
+    """Of subsets of 3 samples, leaving a group out may leave one, which has no MMD²."""
+    fake, real = gaussian(100, 4, seed=1), gaussian(3, 4, seed=2)
+    found = kernel_distance(fake, real, 0, subsets=100, size=3, group=groups_of(100))
+    assert math.isfinite(found.mean)
+    assert found.standard_error is None
 
 
 def test_groups_have_equal_shares_of_every_class_whatever_the_order():

@@ -43,7 +43,12 @@ def groups_of(
     return group
 
 
-def standard_error(without: Sequence[float] | Tensor) -> float:
-    """Return the standard error of a figure from its values without each group."""
+def standard_error(without: Sequence[float] | Tensor) -> float | None:
+    """Return the standard error of a figure from its values without each group.
+
+    Returns None if one of the values is not finite: too few images were left to compute it.
+    """
     values = torch.as_tensor(without, dtype=torch.float64)
+    if not values.isfinite().all():
+        return None
     return math.sqrt((len(values) - 1) * float(values.var(correction=0)))
