@@ -17,14 +17,25 @@ import torch
 from cli import TINY
 from PIL import Image
 
-from rediffuse import cli, drawing, drift, gallery, launch, overview, references, runs, session
+from rediffuse import (
+    cli,
+    drawing,
+    drift,
+    gallery,
+    launch,
+    likelihoods,
+    overview,
+    references,
+    runs,
+    session,
+)
 from rediffuse import evaluate as door
 from rediffuse.config.compose import compose
 from rediffuse.drawing import Job, share
 from rediffuse.errors import ConfigError, DataError, RunError
 from rediffuse.evaluate import Asked, Evaluation
 from rediffuse.evaluation.card import Card
-from rediffuse.evaluation.digests import add_digest, check_digest
+from rediffuse.evaluation.digests import add_digest, check_digest, read_report
 from rediffuse.evaluation.features import Seen
 from rediffuse.evaluation.figures import Figure, Floor, with_n
 from rediffuse.evaluation.measures import MEASURE
@@ -37,6 +48,7 @@ from rediffuse.references import Real
 from rediffuse.report.evaluations import evaluations
 from rediffuse.tracking.jsonl import append_metrics, read_metrics
 from rediffuse.training import committed
+from rediffuse.words import json_text
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +132,47 @@ def test_a_change_of_any_field_of_a_card_changes_its_digest() -> None:
 def test_a_card_has_one_digest_whatever_the_order_of_its_keys() -> None:
     turned = replace(CARD, samples=dict(reversed(CARD.samples.items())))
     assert turned.digest == CARD.digest
+
+
+def test_a_card_with_integer_keys_has_the_same_digest_after_json() -> None:
+    card = replace(CARD, samples={"per_class": {2: 5, 10: 5}})
+    assert Card(**json.loads(json.dumps(card.as_json()))).digest == card.digest
+
+
+def test_the_card_of_a_figure_with_maskable_facts_is_read_as_it_was_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In this environment and in any later one."""
+    monkeypatch.setenv("DB_PASSWORD", "training")
+    samples = {"told": "training", "classes": ["token=abc", "cat"], "api_key": "x"}
+    card = replace(CARD, samples=samples).masked()
+    figure = replace(FIGURE, card=card)
+    kept = json.loads(json_text(add_digest({"figures": [figure.as_json()]})))
+    assert kept["figures"][0]["card"]["samples"] == {
+        "told": "***", "classes": ["token=***", "cat"], "api_key": "***",
+    }  # fmt: skip
+    for later in ("training", "classifier"):
+        monkeypatch.setenv("DB_PASSWORD", later)
+        assert check_digest(kept)
+        assert Figure.from_json(kept["figures"][0]) == figure
+
+
+def test_an_evaluation_whose_card_holds_a_secret_is_read_as_it_was_kept(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each card names the run; here a password is the same word."""
+    root, run = trained
+    monkeypatch.setenv("DB_PASSWORD", run)
+    asked = Asked(allow_small_n=True, likelihood=2)
+    before = set((root / run / "evaluation").glob("*.json"))
+    monkeypatch.setattr(likelihoods, "BOUND_STEPS", 2)
+    monkeypatch.setattr(likelihoods, "ODE_STEPS", 2)
+    assert door.evaluate(run, Options(root, count=40, steps=2, seed=17), asked) == 0
+    files = set((root / run / "evaluation").glob("*.json")) - before
+    assert len(files) == 2
+    for file in files:
+        assert run not in file.read_text()
+        assert door.read_evaluation(file).verified
 
 
 def test_a_figure_is_neither_printed_nor_kept_without_its_card() -> None:
@@ -451,6 +504,14 @@ def test_the_digest_is_over_every_value_and_any_order_of_keys() -> None:
     for changed in ({"a": [1, {"b": 0.2}]}, {"c": 0}, {"e": 1}, {"sha256": "0" * 64}):
         with pytest.raises(ValueError, match="changed after"):
             check_digest({**kept, **changed})
+
+
+def test_a_report_with_integer_keys_fits_its_digest_after_it_was_read(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json_text(add_digest({"counts": {2: 1, 10: 1}, "folder": tmp_path})))
+    found, verified = read_report(file)
+    assert verified
+    assert found == {"counts": {"2": 1, "10": 1}, "folder": str(tmp_path)}
 
 
 def test_damaged_references_and_evaluations_are_made_anew(

@@ -265,7 +265,7 @@ class Study:
         """The card of all that is measured of `n` images that `samples` tells of."""
         networks = {features.name: identity(features) for features in self.networks}
         measure = {**MEASURE, "accuracy_score": self.with_accuracy_score}
-        return Card(n, samples, self.against.facts, networks, measure, versions())
+        return Card(n, samples, self.against.facts, networks, measure, versions()).masked()
 
     @property
     def usual_n(self) -> int:

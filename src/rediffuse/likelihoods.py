@@ -42,7 +42,7 @@ def card_of(model: Model, real: Real, count: int) -> Card:
         "probes": 1,
         "seed": 0,
     }
-    return Card(count, samples, real.facts, {}, measure, versions())
+    return Card(count, samples, real.facts, {}, measure, versions()).masked()
 
 
 def bits(model: Model, real: Real, card: Card, done: Callable[[int], object]) -> tuple[Figure, ...]:

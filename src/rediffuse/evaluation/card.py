@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rediffuse.words import masked_tree
+
 Facts = Mapping[str, Any]
 """Plain data: what JSON can say."""
 
@@ -36,6 +38,14 @@ class Card:
         """16 digits of the SHA-256 of every field: what a result is kept and found by."""
         return digest_of(self.as_json())
 
+    def masked(self) -> "Card":
+        """Return the card with secrets masked, as files hold it: a digest is over what is kept.
+
+        Call this where a card is made. A card that was read must stay as it is, since what counts
+        as a secret depends on the environment.
+        """
+        return Card(**masked_tree(self.as_json()))
+
     def through(self, *networks: str) -> "Card":
         """The card of a figure that only these networks had a part in."""
         return replace(self, features={name: self.features[name] for name in networks})
@@ -57,13 +67,14 @@ class Card:
 
 
 def digest_of(facts: Any) -> str:
-    """16 digits of the SHA-256 of plain data, whatever the order of its keys.
+    """16 digits of the SHA-256 of plain data as JSON holds it, whatever the order of its keys.
 
     Raises:
         ValueError: for a number that is not finite.
         TypeError: for what is not plain data.
     """
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    facts = json.loads(json.dumps(facts, allow_nan=False))  # integer keys become strings
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

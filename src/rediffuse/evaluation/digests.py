@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rediffuse.reading import read_object
-from rediffuse.words import masked_tree, plain
+from rediffuse.words import json_text
 
 DIGEST = "sha256"
 """The key under which a report holds the digest of all its other keys."""
@@ -19,8 +19,8 @@ UNVERIFIED = "unverified: an older version wrote it without a digest of its valu
 
 
 def add_digest(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts as JSON can hold them, with their digest first and secrets masked."""
-    content = masked_tree(plain({key: value for key, value in facts.items() if key != DIGEST}))
+    """Return the facts as `json_text` writes them and JSON reads them, with their digest first."""
+    content = json.loads(json_text({key: facts[key] for key in facts if key != DIGEST}))
     return {DIGEST: _digest(content), **content}
 
 
