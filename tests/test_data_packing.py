@@ -286,6 +286,69 @@ def refuses(function, *given):
     return False
 
 
+def to_format_1(place):
+    """Rewrite the facts as format 1 had them: one digest per part, none of labels or blocks."""
+    facts = json.loads((place / FACTS).read_text())
+    facts["format"] = 1
+    for part in facts["parts"].values():
+        del part["blocks"], part["labels_sha256"]
+    (place / FACTS).write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("damaged", [None, "images", "labels"])
+def test_a_folder_of_format_1_opens_and_is_verified_by_the_digest_of_each_part(tmp_path, damaged):
+    place = tmp_path / "packed"
+    first = pack(source(), place, **AS)
+    to_format_1(place)
+    packed = open_packed(place)
+    assert packed.fingerprint == first.fingerprint
+    verify(packed)
+    if damaged == "images":
+        flip_a_bit(place, "test", 3)
+    elif damaged == "labels":
+        np.save(place / "test/labels.npy", np.zeros(5, np.int64))
+    if damaged:
+        with pytest.raises(DataError, match=r"is damaged \(the digest of test differs\)"):
+            verify(open_packed(place))
+
+
+def test_a_folder_of_format_2_without_digests_of_blocks_is_damaged(tmp_path):
+    place = tmp_path / "packed"
+    pack(source(), place, **AS)
+    to_format_1(place)
+    facts = json.loads((place / FACTS).read_text())
+    (place / FACTS).write_text(json.dumps({**facts, "format": 2}))
+    with pytest.raises(DataError, match=r"is damaged \('blocks'\)"):
+        open_packed(place)
+
+
+def test_a_fingerprint_that_is_not_that_of_the_parts_is_damage(tmp_path):
+    place = tmp_path / "packed"
+    pack(source(), place, **AS)
+    facts = json.loads((place / FACTS).read_text())
+    (place / FACTS).write_text(json.dumps({**facts, "fingerprint": "0" * 64}))
+    with pytest.raises(DataError, match="the fingerprint is not that of the parts"):
+        verify(open_packed(place))
+
+
+def test_the_old_folder_is_put_back_where_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    place = tmp_path / "packed"
+    first = pack(source(), place, **AS)
+    real = Path.rename
+
+    def failing(path, target):
+        if "building" in path.name:
+            raise PermissionError("no renaming")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(DataError, match="no renaming"):
+        pack(source(seed=9, identity="changed"), place, **AS)
+    assert open_packed(place).fingerprint == first.fingerprint
+    assert sorted(os.listdir(tmp_path)) == [".packed.lock", "packed"]
+    assert sorted(os.listdir(place)) == [FACTS, "test", "train"]
+
+
 @pytest.mark.parametrize("lost", ["train/images.npy", "train/labels.npy", "test/images.npy"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_pages_that_a_power_cut_left_as_zeros_are_noticed_and_packed_again(

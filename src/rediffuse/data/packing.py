@@ -5,7 +5,7 @@
 <folder>/<part>/labels.npy    [images] int64, -1 where there are no classes
 
 Every block of a few MB has a digest. Some blocks are verified whenever a folder is opened, and all
-of them by `verify`.
+of them by `verify`. Folders of format 1 have one digest per part, which `verify` compares.
 """
 
 import hashlib
@@ -176,11 +176,13 @@ def verify(packed: Packed) -> None:
     """Read all pixels and labels, and compare them with the digests of when they were packed.
 
     Raises:
-        DataError: naming the part and images of the first block that differs.
+        DataError: naming the part, and of formats with digests of blocks the images, that differ.
     """
     try:
         for name in packed.parts:
             _verify(packed, name)
+        if packed.fingerprint != _fingerprint(packed.class_names, packed.facts["parts"]):
+            raise ValueError("the fingerprint is not that of the parts and class names")
     except (OSError, ValueError) as broken:
         raise DataError(
             f"{packed.folder} is damaged ({broken}); delete it and pack again"
@@ -227,9 +229,15 @@ def _is_row(part: Part, row: int, pixels: np.ndarray, label: int) -> bool:
 def _verify(packed: Packed, part: str, most: int | None = None) -> None:
     """Compare all labels and all blocks of a part, or `most` of these, with their digests.
 
+    A part of format 1 has one digest, which is compared unless `most` is given.
+
     Raises:
         ValueError: naming what differs.
     """
+    if packed.facts["format"] == 1:
+        if most is None:
+            _verify_format_1(packed, part)
+        return
     facts, images = packed.facts["parts"][part], packed.parts[part].images
     rows, digests = _rows_of_block(images.shape[1:]), facts["blocks"]
     labels = _mapped(packed.folder / part / "labels.npy")
@@ -242,6 +250,16 @@ def _verify(packed: Packed, part: str, most: int | None = None) -> None:
         first, last = block * rows, min((block + 1) * rows, len(images))
         if _digest(images[first:last]) != digests[block]:
             raise ValueError(f"the digest of {part} images {first:,} to {last - 1:,} differs")
+
+
+def _verify_format_1(packed: Packed, part: str) -> None:
+    images, rows = packed.parts[part].images, _rows_of_block(packed.parts[part].images.shape[1:])
+    digest = hashlib.sha256(repr(images.shape[1:]).encode())
+    for first in range(0, len(images), rows):
+        digest.update(np.ascontiguousarray(images[first : first + rows]).data)
+    digest.update(_mapped(packed.folder / part / "labels.npy").astype("<i8").tobytes())
+    if digest.hexdigest() != packed.facts["parts"][part]["sha256"]:
+        raise ValueError(f"the digest of {part} differs")
 
 
 def _some(blocks: range, count: int) -> list[int]:
@@ -532,7 +550,11 @@ def _alone_at(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Lend a new folder, which takes the place of `folder` if all goes well and vanishes if not."""
+    """Lend a new folder, which takes the place of `folder` if all goes well and vanishes if not.
+
+    What was in `folder` is removed after the new folder has its name, and put back if it cannot
+    get it.
+    """
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if os.path.lexists(folder) and not is_empty and not _holds_packed_images_alone(folder):
         raise DataError(f"{folder} holds something else than packed images; name another folder")
@@ -548,12 +570,18 @@ def _replacing(folder: Path) -> Iterator[Path]:
             if not is_empty:
                 (folder / _MARK).touch()
             folder.rename(old)
-        building.rename(folder)
+        try:
+            building.rename(folder)
+        except BaseException:
+            if old.exists():
+                (old / _MARK).unlink(missing_ok=True)  # first: what has the mark may be removed
+                old.rename(folder)
+            raise
         (folder / _MARK).unlink()
         _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        for left in (building, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _holds_packed_images_alone(folder: Path) -> bool:
