@@ -1,5 +1,7 @@
 """Images are found wherever they lie now, and a run remembers the place."""
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -179,6 +181,73 @@ def test_other_images_and_other_keys_are_refused_and_nothing_is_kept(run: Run) -
         with pytest.raises(error, match=why):
             relocate(run, [word])
     assert run.config.read_bytes() == before
+
+
+def as_packed_by_format_1(run: Run, path: str) -> Path:
+    """Rename the packed images as the first format did, after a path as it was typed."""
+    data = launch.load_config(run).data.model_copy(
+        update={"path": path, "validation_path": None, "test_path": None}
+    )
+    settings = data.model_dump(include={"image_size", "channels", "fit"})
+    key = json.dumps({**data.source.model_dump(mode="json"), **settings}, sort_keys=True)
+    (now,) = run.directory.parent.glob("packed/folder-*")
+    former = now.rename(now.parent / f"folder-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    facts = json.loads((former / FACTS).read_text())
+    for part in facts["parts"].values():
+        del part["blocks"], part["labels_sha256"]
+    (former / FACTS).write_text(json.dumps({**facts, "format": 1}))
+    return former
+
+
+@pytest.fixture
+def former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose images were packed by a version that read fewer kinds of files."""
+    place = tmp_path / "former"
+    pictures(place / "pictures")
+    monkeypatch.chdir(place)
+    words = [*TINY, "data.path=pictures"]
+    assert launch.train(compose(words), root=place / "runs") == 0
+    run = find(next((place / "runs").glob("*/run.json")).parent)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(place / "pictures/more.gif")
+    return run
+
+
+@pytest.mark.parametrize("typed", ["pictures", "{home}/pictures"])
+@pytest.mark.parametrize("kept", ["pictures", "{home}/pictures"])
+def test_a_run_is_used_with_the_images_that_an_earlier_version_packed(
+    former: Run, typed: str, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = as_packed_by_format_1(former, typed.format(home=home(former)))
+    text = former.config.read_text()
+    former.config.write_text(
+        text.replace(f"{home(former)}/pictures", kept.format(home=home(former)))
+    )
+    found = seen(former)
+    assert (found.packed.folder, found.per_epoch) == (folder, 11)
+    assert "with the images that an earlier version packed" in capsys.readouterr().err
+    assert (folder / FACTS).is_file()  # and it stays, beside those of the present version
+    assert len(list(folder.parent.glob(f"*/{FACTS}"))) == 2
+
+
+def test_damaged_images_of_an_earlier_version_are_not_used_and_the_reason_is_said(
+    former: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = as_packed_by_format_1(former, "pictures") / "train/images.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    why = "this version reads other files or pixels than the one that packed them"
+    with pytest.raises(RunError, match=why):
+        seen(former)
+    told = capsys.readouterr().err
+    assert "is damaged (the digest of train differs)\n" in told
+
+
+def test_each_format_packs_into_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = compose([*TINY, f"data.path={pictures(tmp_path / 'pictures')}"]).data
+    now = images.packed_folder(data, tmp_path)
+    monkeypatch.setattr(images, "FORMAT", images.FORMAT + 1)
+    assert images.packed_folder(data, tmp_path) != now
 
 
 def replace_one(folder: Path) -> None:

@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,16 @@ from rediffuse.config.compose import (
     typed_values,
 )
 from rediffuse.config.schema import Data
-from rediffuse.data.packing import FACTS, Packed, Part, differing, open_packed, pack, verify
+from rediffuse.data.packing import (
+    FACTS,
+    FORMAT,
+    Packed,
+    Part,
+    differing,
+    open_packed,
+    pack,
+    verify,
+)
 from rediffuse.data.sources import AnySource, counted
 from rediffuse.data.splits import split
 from rediffuse.errors import ConfigError, DataError, RunError
@@ -64,23 +73,66 @@ def of_run(
 ) -> Images:
     """The images that a run was trained on, packed or found packed beside it.
 
-    All that was packed is verified with `whole`, else some of it.
+    All that was packed is verified with `whole`, else some of it. Where this version reads other
+    files or pixels than the one that packed them, that one's packed copy is used, all verified.
 
     Raises:
         RunError: if they are others now.
         DataError: if they are missing, broken, or too few.
     """
-    data = located(run, data, trusted)
-    images = prepare(data, run.directory.parent, trusted, whole=whole)
+    images = prepare(located(run, data, trusted), run.directory.parent, trusted, whole=whole)
     known, found = drift.began(run).get("data"), images.facts()
-    if known != found:
-        before = known if isinstance(known, dict) else {}
-        changed = [key for key, value in found.items() if before.get(key) != value]
-        raise RunError(
-            f"the images are not those that run {run.id} was trained on ({', '.join(changed)} "
-            "changed); restore them, or start a new run with parent_run_id"
-        )
-    return images
+    if known == found:
+        return images
+    before = known if isinstance(known, dict) else {}
+    if former := _packed_formerly(run, data, before, trusted):
+        return former
+    changed = [key for key, value in found.items() if before.get(key) != value]
+    raise RunError(
+        f"the images are not those that run {run.id} was trained on ({', '.join(changed)} "
+        "changed): their files differ, or this version reads other files or pixels than the one "
+        "that packed them; restore the files or use that version, or start a new run with "
+        "parent_run_id"
+    )
+
+
+def _packed_formerly(
+    run: Run, data: Data, known: Mapping[str, Any], trusted: Sequence[str] | None
+) -> Images | None:
+    """A run's images as an earlier version packed them, if they are still there and undamaged."""
+    for folder in _former_folders(run, data, trusted):
+        if not (folder / FACTS).is_file():
+            continue
+        try:
+            packed = open_packed(folder)
+            if packed.fingerprint != known.get("fingerprint"):
+                continue
+            verify(packed)
+        except DataError as damaged:
+            why = str(damaged).removesuffix("; delete it and pack again")  # which would not help
+            tell(f"packed images of an earlier version: {why}", sys.stderr)
+            continue
+        images = _divided(packed, data)
+        if images.facts() == known:
+            tell(f"run {run.id}: with the images that an earlier version packed", sys.stderr)
+            return images
+    return None
+
+
+def _former_folders(run: Run, data: Data, trusted: Sequence[str] | None) -> Iterator[Path]:
+    """Where versions before format 2 packed a source: named after paths as they were typed."""
+    data, there = private.restored(run, data), located(run, data, trusted)
+    beside = run.directory.parent.parent.absolute()
+    named = (data, there, *(_relative(there, to, trusted) for to in (beside, Path.cwd())))
+    folders = (_folder_of(each, run.directory.parent) for each in named)
+    yield from dict.fromkeys(folders)
+
+
+def _relative(data: Data, to: Path, trusted: Sequence[str] | None) -> Data:
+    """The same, with every place as a path relative to a folder."""
+    places = {name: data.arguments.get(name) for name in place_keys(data, trusted)}
+    found = {name: os.path.relpath(path, to) for name, path in places.items() if path}
+    return data.model_copy(update=found)
 
 
 def place_keys(data: Data, trusted: Sequence[str] | None = None) -> list[str]:
@@ -179,7 +231,10 @@ def prepare(
     Raises:
         DataError: if the images are missing, broken, or too few.
     """
-    packed = pack_as(data, root, trusted, whole=whole)
+    return _divided(pack_as(data, root, trusted, whole=whole), data)
+
+
+def _divided(packed: Packed, data: Data) -> Images:
     train = packed.part("train")
     if own := packed.parts.get("validation"):
         rows, (_, held_out) = np.arange(len(train.images)), split(len(own.images), 1.0)
@@ -219,9 +274,12 @@ def pack_as(
 
 
 def packed_folder(data: Data, root: Path, trusted: Sequence[str] | None = None) -> Path:
-    """Where `pack_as` packs a source."""
-    data = absolute(data, trusted)
-    settings = data.model_dump(include={"image_size", "channels", "fit"})
+    """Where `pack_as` packs a source; each format has a folder of its own."""
+    return _folder_of(absolute(data, trusted), root, pack_format=FORMAT)
+
+
+def _folder_of(data: Data, root: Path, **more: int) -> Path:
+    settings = data.model_dump(include={"image_size", "channels", "fit"}) | more
     key = json.dumps({**data.source.model_dump(mode="json"), **settings}, sort_keys=True)
     return root / "packed" / f"{data.name.rpartition('.')[2]}-{_short_digest(key)}"
 
