@@ -5,8 +5,10 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli import TINY, content, edit, rediffuse, run_id
+from PIL import Image
 from safetensors.torch import load_file
 
 from rediffuse import launch
@@ -155,8 +157,8 @@ def test_whatever_else_learns_goes_on_to_the_last_bit_and_can_be_sampled(
     assert metrics(tmp_path, golden) == metrics(tmp_path, run)
     for one in (golden, run):
         rediffuse("sample", one, "--n", "8", "--output-dir", str(tmp_path / one[:6]), root=tmp_path)
-    drawn = [(tmp_path / one[:6] / "grid.png").read_bytes() for one in (golden, run)]
-    assert drawn[0] == drawn[1]
+    drawn = [np.asarray(Image.open(tmp_path / one[:6] / "grid.png")) for one in (golden, run)]
+    assert np.array_equal(*drawn)
 
 
 @pytest.mark.slow
