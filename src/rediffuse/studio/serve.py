@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,8 @@ from rediffuse.errors import ConfigError
 from rediffuse.processes import alone
 from rediffuse.studio.desk import Desk
 from rediffuse.studio.page import build
-from rediffuse.words import say
+from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.words import say, tell_styled
 
 HOST = "127.0.0.1"
 _OUR_NAMES = (HOST, "localhost")
@@ -153,17 +155,25 @@ def studio(desk: Desk, port: int, opens: bool, with_token: bool = True) -> int:
     """Serve the page until Ctrl-C; return the exit code."""
     alone("studio")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with TemporaryDirectory(prefix="rediffuse-studio-") as cache:
+    with (
+        TemporaryDirectory(prefix="rediffuse-studio-") as cache,
+        TemporaryDirectory(prefix="rediffuse-studio-") as opened,
+    ):
         page, address = launch(
             desk, port, Path(cache), secrets.token_urlsafe(24) if with_token else None
         )
-        say(f"studio    {address}")
+        # The token is for whoever reads this terminal, so it is not masked as secrets are.
+        tell_styled(f"studio    {address}", sys.stdout)
         say(f"runs      {desk.root}")
         say("Ctrl-C ends it")
         if opens:
             import webbrowser
 
-            webbrowser.open(address)
+            # Every user can read a browser's command line, so the address is in a file.
+            page_file = Path(opened, "studio.html")
+            link = f'<meta http-equiv="refresh" content="0;url={address}">'
+            write_atomically(page_file, link.encode(), mode=0o600)
+            webbrowser.open(page_file.as_uri())
         try:
             Event().wait()
         except KeyboardInterrupt:
