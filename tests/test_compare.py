@@ -247,6 +247,13 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_written(
     assert not out.exists()
 
 
+def test_a_folder_of_something_else_is_refused_and_left_alone(trained, tmp_path):
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"is not empty .*; name a new --output-dir"):
+        compared(trained, A, AGAIN, tmp_path, count=1)
+    assert content(tmp_path) == {"grid.png": b"mine"}
+
+
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(trained, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot be written .*; name another --output-dir"):

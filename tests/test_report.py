@@ -490,3 +490,26 @@ def test_two_runs_share_one_page_with_their_curves_and_images(trained, spoilt):
     assert "None: as asked (--no-images)." in page.words
     with pytest.raises(ConfigError, match="a page's name ends in"):
         compare.compare(run, run, Options(root, output_dir=out), html=out / "page")
+
+
+def test_only_a_page_of_ours_is_replaced(trained: tuple[Path, str], tmp_path: Path) -> None:
+    root, run_id = trained
+    ours, theirs = tmp_path / "ours.html", tmp_path / "theirs.html"
+    theirs.write_text("<p>my own page</p>")
+    for _ in range(2):
+        assert report(run_id, Asked(root, output=ours, draws=False)) == 0
+    with pytest.raises(ConfigError, match=r"theirs\.html is there and is no page of Rediffuse"):
+        report(run_id, Asked(root, output=theirs, draws=False))
+    assert theirs.read_text() == "<p>my own page</p>"
+
+
+def test_pictures_go_into_a_folder_of_their_own(trained: tuple[Path, str], tmp_path: Path) -> None:
+    root, run_id = trained
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for _ in range(2):
+        assert report(run_id, Asked(root, tmp_path / "a.html", draws=False, pictures=ours)) == 0
+    theirs.mkdir()
+    (theirs / "loss.svg").write_text("mine")
+    with pytest.raises(ConfigError, match=r"is not empty .*; name a new --pictures"):
+        report(run_id, Asked(root, tmp_path / "b.html", draws=False, pictures=theirs))
+    assert content(theirs) == {"loss.svg": b"mine"}

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from rediffuse import drift, tables
+from rediffuse import drift, outputs, tables
 from rediffuse.api import sample
 from rediffuse.config.compose import leaves
 from rediffuse.config.schema import Config
@@ -30,13 +30,13 @@ from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.report import comparison, page
 from rediffuse.runs import Run
-from rediffuse.session import say
 from rediffuse.tracking.journal import is_clocked
 from rediffuse.tracking.jsonl import read_metrics, write_atomically
 from rediffuse.tracking.tracker import Row
-from rediffuse.words import json_text, plain
+from rediffuse.words import json_text, plain, say
 
 Facts = dict[str, Any]
+_FILES = ("comparison.json", "grid.png")
 
 
 class Side(NamedTuple):
@@ -90,12 +90,16 @@ def compare(
         "samples": {"none": "as asked (--no-images)"},
         "versions": {"rediffuse": version("rediffuse"), "torch": torch.__version__},
     }
+    job = {"compared_runs": [a.run.id, b.run.id]}
+    if options.output_dir:
+        outputs.check_folder(job, folder, _FILES)
     try:
         if images:
             facts["samples"] = samples(a, b, options, folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json_text(facts)
         write_atomically(folder / "comparison.json", text.encode())
+        outputs.finish(folder, job)
     except OSError as failed:
         raise RunError(
             f"{folder} cannot be written ({failed.strerror}); name another --output-dir"

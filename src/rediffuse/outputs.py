@@ -41,9 +41,9 @@ def folder_of(job: Mapping[str, Any], folder: Path, names: Sequence[str]) -> Ite
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _check(folder, job, names)
+            _check(folder, job, names, "--output-dir")
             held.enter_context(locks.hold(folder / LOCK, _LOCK_S))
-            _check(folder, job, names)  # it may have been another's until now
+            _check(folder, job, names, "--output-dir")  # it may have been another's until now
             for left in folder.iterdir():
                 if (half := _TEMPORARY.fullmatch(left.name)) and half[1] in {*names, *_OURS}:
                     left.unlink(missing_ok=True)
@@ -57,6 +57,18 @@ def folder_of(job: Mapping[str, Any], folder: Path, names: Sequence[str]) -> Ite
             why = refused.strerror
             raise ConfigError(f"{folder}: images cannot be written here ({why})") from None
         yield
+
+
+def check_folder(
+    job: Mapping[str, Any], folder: Path, names: Sequence[str], option: str = "--output-dir"
+) -> None:
+    """Refuse a folder that holds files of something else; one that is not there is made later.
+
+    Raises:
+        ConfigError: naming what it holds, and the option that names another folder.
+    """
+    if folder.is_dir():
+        _check(folder, json.loads(json.dumps(job)), names, option)
 
 
 def finish(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -106,7 +118,7 @@ def check_replaceable(file: Path) -> None:
 _OURS = (BEGUN, MANIFEST)
 
 
-def _check(folder: Path, job: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check(folder: Path, job: Mapping[str, Any], names: Sequence[str], option: str) -> None:
     """Refuse a folder that is another job's, or holds files that are not a job's."""
     there = _job_in(folder)
     if there is None:
@@ -114,11 +126,11 @@ def _check(folder: Path, job: Mapping[str, Any], names: Sequence[str]) -> None:
         if others:
             raise ConfigError(
                 f"{folder} is not empty (it holds {others[0]}) and has no job's manifest; name a "
-                "new --output-dir"
+                f"new {option}"
             )
     elif any(there.get(name) != job[name] for name in job):
         raise ConfigError(
-            f"{folder} holds the images of another job; name another --output-dir, or empty it"
+            f"{folder} holds the images of another job; name another {option}, or empty it"
         )
     elif not (folder / MANIFEST).is_file():
         for name in names:

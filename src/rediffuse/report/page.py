@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from rediffuse import plots
+from rediffuse import outputs, plots
 from rediffuse.errors import ConfigError, RunError
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.words import masked
@@ -118,9 +118,23 @@ def check_output(file: Path) -> None:
         raise ConfigError(f"{str(file)[:200]}: a page's name ends in .html")
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; name a file in it")
+    if file.exists() and not _is_page(file):
+        raise ConfigError(f"{file} is there and is no page of Rediffuse; name another file")
     home = next(folder for folder in file.absolute().parents if folder.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
         raise ConfigError(f"{file} cannot be written, as {home} is; name another file")
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file ends as every page does that was ever written here."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as there:
+        there.seek(-min(_FOOTER_BYTES, file.stat().st_size), os.SEEK_END)
+        return b"Written by Rediffuse" in there.read()
+
+
+_FOOTER_BYTES = 500
 
 
 def write(file: Path, page: str) -> None:
@@ -138,20 +152,27 @@ def write(file: Path, page: str) -> None:
         ) from None
 
 
-def write_pictures(folder: Path, sections: Sequence[Section]) -> None:
-    """Write every picture as a file of its own.
+def write_pictures(folder: Path, run_id: str, sections: Sequence[Section]) -> None:
+    """Write every picture of a run's report as a file of its own.
 
     Raises:
-        RunError: if one cannot be written there.
+        ConfigError: if the folder holds something else than pictures of this run's reports.
+        RunError: if a picture cannot be written there.
     """
+    files: dict[str, bytes] = {}
+    for picture in (picture for section in sections for picture in section.pictures):
+        files[f"{picture.name}.{picture.kind}"] = picture.content
+        if picture.dark:
+            files[f"{picture.name}-dark.{picture.kind}"] = picture.dark
+        if picture.wide and picture.draw:  # of images, which not every program takes in an SVG
+            files[f"{picture.name}.png"] = plots.png(picture.draw)
+    job = {"pictures_of_run": run_id}
+    outputs.check_folder(job, folder, list(files), "--pictures")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in (picture for section in sections for picture in section.pictures):
-            write_atomically(folder / f"{picture.name}.{picture.kind}", picture.content)
-            if picture.dark:
-                write_atomically(folder / f"{picture.name}-dark.{picture.kind}", picture.dark)
-            if picture.wide and picture.draw:  # of images, which not every program takes in an SVG
-                write_atomically(folder / f"{picture.name}.png", plots.png(picture.draw))
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        outputs.finish(folder, job)
     except OSError as failed:
         raise RunError(f"{folder} cannot be written ({failed.strerror})") from None
 

@@ -19,10 +19,10 @@ from rediffuse.report import curves, images, page
 from rediffuse.report.evaluations import evaluations
 from rediffuse.report.page import Section
 from rediffuse.runs import Run
-from rediffuse.session import say
 from rediffuse.tracking.jsonl import read_metrics
 from rediffuse.tracking.tracker import Row
 from rediffuse.training import committed
+from rediffuse.words import say
 
 Facts = dict[str, Any]
 
@@ -81,7 +81,7 @@ def report(word: str, asked: Asked) -> int:
         version=version("rediffuse"),
     )
     if asked.pictures:
-        page.write_pictures(asked.pictures, sections)
+        page.write_pictures(asked.pictures, run.id, sections)
         say(f"pictures  {asked.pictures}")
     page.write(file, text)
     say(f"report    {file} ({len(text.encode()) / 1e6:.1f} MB)")
