@@ -68,11 +68,11 @@ def refused(
         (["target=edm", "weighting=edm", "weighting.sigma_data=1"], "weighting.sigma_data=0.5"),
         (
             ["training.best_metric=proxy/fd_classifier_1000", "training.proxy_every_images=64"],
-            "with training.proxy_images=500 the name is proxy/fd_classifier_500",
+            "with these images and training.proxy_images=500 it is proxy/fd_classifier_500",
         ),
         (
             ["training.best_metric=proxy/fd_turns_500", "training.proxy_every_images=64"],
-            "with these images it is proxy/fd_classifier_500",
+            "with these images and training.proxy_images=500 it is proxy/fd_classifier_500",
         ),
         (
             [
@@ -82,10 +82,6 @@ def refused(
                 "training.proxy_every_images=128",
             ],
             "is first measured after 128 images, and the run is planned to end at 64",
-        ),
-        (
-            ["training.best_metric=epoch/loss", "training.epochs=0.5"],
-            "is first measured after 1,366 images",
         ),
         (
             ["training.early_stopping_checks=2", "data.validation_fraction=0"],

@@ -103,6 +103,22 @@ def test_a_killed_job_goes_on_and_draws_what_is_missing(
     assert all((cut / name).stat().st_mtime_ns == at for name, at in before.items())
 
 
+def test_a_given_picture_that_has_changed_is_drawn_from_anew(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, given = tmp_path / "out", tmp_path / "given.png"
+    for level, strength in ((0, 0.1), (255, 0.1)):
+        Image.new("L", (8, 8), level).save(given)
+        asked = Options(
+            trained[0], count=1, steps=2, output_dir=out, inputs=given, strength=strength
+        )
+        gallery.sample(trained[1], asked)
+    kept = np.asarray(Image.open(out / "000000.png")).mean()
+    (out / "000000.png").unlink()
+    gallery.sample(trained[1], asked)
+    assert np.asarray(Image.open(out / "000000.png")).mean() == kept
+
+
 def dying_after(count: int) -> Callable[..., Path]:
     """`save_png` for so many files."""
     files: list[Path] = []
@@ -269,7 +285,7 @@ def test_another_seed_another_class_and_other_weights_give_other_images(
         (Options(seeds="5-3"), ConfigError, "names 0 images"),
         (Options(seeds="99999999999999999999"), ConfigError, "below 2.63"),
         (Options(count=10**11), ConfigError, "more than 10,000,000 images"),
-        (Options(grid="karras rho=0"), ConfigError, "needs a rho above 0"),
+        (Options(grid="karras rho=0"), ConfigError, "sampling.grid.rho: expected above 0"),
         (Options(guidance="thrice"), ConfigError, "there is no guidance 'thrice'"),
         (Options(guidance="nan"), ConfigError, "expected a finite number"),
         (Options(guide_by="7", guidance=2.0), CheckpointError, "no checkpoint '7'"),

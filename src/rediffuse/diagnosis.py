@@ -48,9 +48,8 @@ from rediffuse.progress import Progress
 from rediffuse.randomness import Stream, normal
 from rediffuse.references import real_parts, versions
 from rediffuse.sampling import trajectory
-from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 Facts = dict[str, Any]
 

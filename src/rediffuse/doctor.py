@@ -22,12 +22,11 @@ from rediffuse import locks, processes, tables
 from rediffuse.errors import RunError
 from rediffuse.rasters import read_png
 from rediffuse.runs import runs_root
-from rediffuse.session import say
 from rediffuse.tracking import mlflow
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.tracking.tracker import in_one_line
 from rediffuse.training.devices import bfloat16_pays, choose
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 Verdict = Literal["ok", "warn", "fail"]
 

@@ -34,10 +34,10 @@ from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.references import joined, looked_at, networks, real_parts
 from rediffuse.runs import Run, locked, runs_root
-from rediffuse.session import say, send_what_is_missing
+from rediffuse.session import send_what_is_missing
 from rediffuse.tracking.jsonl import EVALUATION, append_metrics, read_metrics, write_atomically
 from rediffuse.training.devices import Devices, choose
-from rediffuse.words import did_you_mean, json_text, tell
+from rediffuse.words import did_you_mean, json_text, say, tell
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,7 @@ def common(model: Model, how: Sampling, job: Job, options: Options) -> dict[str,
         "seed": job.seed,
         "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
         "edit": _edit(options),
+        **_given(model, job, options),
         "device": str(model.device),
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "precision": str(model.precision).removeprefix("torch."),
@@ -522,6 +523,24 @@ def _edit(options: Options) -> dict[str, Any]:
         "guide_by": options.guide_by,
     }
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def _given(model: Model, job: Job, options: Options) -> dict[str, Any]:
+    """What the pixels depend on beside numbers: digests of given pictures, the guiding weights."""
+    data, ends = model.config.data, (options.interpolate or "").split(",")
+    pictures = {"input": _inputs(data, options.inputs)} if options.inputs else {}
+    if options.mask:
+        pictures["mask"] = _squares(data, [options.mask], channels=1)
+    if options.interpolate and not any(map(_is_number, ends)):
+        both = [_inputs(data, Path(end.strip()))[:1] for end in ends]
+        pictures["interpolate"] = torch.cat(both)
+    found: dict[str, Any] = {
+        name: hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
+        for name, pixels in pictures.items()
+    }
+    if job.weaker:
+        found["guide_by"] = job.weaker.origin
+    return {"given": found} if found else {}
 
 
 def _job_name(how: Sampling, job: Job, options: Options) -> str:

@@ -150,13 +150,13 @@ def absolute(data: Data, trusted: Sequence[str] | None = None) -> Data:
 def located(run: Run, data: Data, trusted: Sequence[str] | None = None) -> Data:
     """The same with absolute paths, also for a run that kept relative ones, and with its secrets.
 
-    Relative ones were so to the directory that it was started in: this one, or that of its root.
+    Relative ones were so to the directory that it was started in: that of its root, or this one.
 
     Raises:
         RunError: if a secret that the configuration masks is not kept with the run.
     """
     beside = run.directory.parent.parent
-    return _with_places(private.restored(run, data), trusted, lambda path: [path, beside / path])
+    return _with_places(private.restored(run, data), trusted, lambda path: [beside / path, path])
 
 
 def split_places(

@@ -33,7 +33,6 @@ from rediffuse.runs import Record, Run
 from rediffuse.session import (
     Look,
     Session,
-    say,
     send_what_is_missing,
     trackers_of,
     unseen,
@@ -57,7 +56,7 @@ from rediffuse.training.memory import free_bytes
 from rediffuse.training.optimizers import parameter_groups
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
-from rediffuse.words import tell
+from rediffuse.words import say, tell
 
 
 def train(config: Config, *, root: Path | None = None, parent: str | None = None) -> int:
@@ -111,18 +110,19 @@ def resume(
     """
     run = runs.find_run(runs.runs_root(root), word)
     places, others = split_places(load_config(run).data, words, trusted)
-    if places:
-        relocate(run, places, trusted)
     old, config = to_resume(run, others)
     if config.training.batch_size == AUTO:
         raise ConfigError("training.batch_size=auto: a run that has begun needs a number")
     check(config, trusted)
     private.check(config, old)
     devices = choose(config.device)
+    if places:
+        devices.on_main(lambda: relocate(run, places, trusted))
+        old, config = to_resume(run, others)
     set_up(config, devices)
     images = of_run(run, config.data, trusted, whole=True)
     config = with_horizon(config, images.per_epoch, trusted, before=old)
-    check_measured(config, images)
+    _check_measured_again(old, config, images, devices)
     config = _compile_settled(_precision_settled(config, devices), images, devices, trusted)
     changed = changes(old, config)
     state, recipe = fresh(config, images, devices, trusted)
@@ -237,18 +237,38 @@ def check_measured(config: Config, images: Images) -> None:
         )
     train = images.packed.part("train")
     classes = train.labels is not None and len(images.packed.class_names) > 1
-    kind = "classifier" if classes else "turns"
     wanted = training.best_metric
-    if wanted.startswith("proxy/") and not wanted.startswith(f"proxy/fd_{kind}_"):
-        measured = f"proxy/fd_{kind}_{short(training.proxy_images)}"
-        raise ConfigError(f"training.best_metric={wanted}: with these images it is {measured}")
-    first = {"proxy": training.proxy_every_images, "epoch": images.per_epoch}
-    after = first.get(wanted.partition("/")[0])
-    if after and after > planned:
+    measured = f"proxy/fd_{'classifier' if classes else 'turns'}_{short(training.proxy_images)}"
+    if wanted.startswith("proxy/") and wanted != measured:
+        raise ConfigError(
+            f"training.best_metric={wanted}: with these images and training.proxy_images="
+            f"{training.proxy_images} it is {measured}"
+        )
+    after = training.proxy_every_images or 0
+    if wanted.startswith("proxy/") and after > planned:
         raise ConfigError(
             f"training.best_metric={wanted} is first measured after {after:,} images, and the run "
             f"is planned to end at {planned:,}"
         )
+
+
+def _check_measured_again(old: Config, config: Config, images: Images, devices: Devices) -> None:
+    """Refuse a metric that is newly asked for and never measured; say so of one asked for before.
+
+    Raises:
+        ConfigError: as `check_measured` does.
+    """
+    try:
+        check_measured(config, images)
+    except ConfigError as never:
+        if old.training.model_dump(include=_MEASURED) != config.training.model_dump(
+            include=_MEASURED
+        ):
+            raise
+        _warn(devices)(str(never))
+
+
+_MEASURED = {"best_metric", "early_stopping_checks", "proxy_images", "proxy_every_images"}
 
 
 def _check_norms(network: nn.Module, devices: Devices) -> None:
@@ -547,10 +567,10 @@ def _go(
             session.owed_preview(state)
             looking: list[Hook] = [*session.hooks(), interrupts]
             reason = session.ended(state) or loop(recipe, state, steps, looking, session.planned)
-            if not interrupts.received:
-                session.check_trained(state)
             session.save(state)
             session.saved()
+            if not interrupts.received:
+                session.check_trained(state)
             session.final_preview(state)
         except Stop as stop:  # of a preview that is not drawn to its end
             reason = str(stop)

@@ -46,9 +46,8 @@ from rediffuse.pictures import Pixels, grid, save_png
 from rediffuse.processes import alone
 from rediffuse.progress import Progress
 from rediffuse.references import real_parts, versions
-from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 Facts = dict[str, Any]
 

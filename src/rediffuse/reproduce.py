@@ -24,7 +24,7 @@ from rediffuse.legality import check
 from rediffuse.processes import alone, exit_code
 from rediffuse.progress import Progress
 from rediffuse.runs import Run
-from rediffuse.session import beginning, say
+from rediffuse.session import beginning
 from rediffuse.tracking.jsonl import append, lines_since, write_atomically
 from rediffuse.training import checkpoint, hooks
 from rediffuse.training.devices import Devices, choose
@@ -32,7 +32,7 @@ from rediffuse.training.loop import Hook, Stop
 from rediffuse.training.loop import train as loop
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 Row = dict[str, Any]
 Tree = dict[str, Any]

@@ -24,6 +24,7 @@ from rediffuse import locks
 from rediffuse.errors import RunError
 from rediffuse.reading import read_bytes, why
 from rediffuse.tracking.jsonl import write_atomically
+from rediffuse.training.committed import LEFT_OVER
 from rediffuse.words import masked, masked_words
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -322,12 +323,10 @@ def _sweep(run: Run) -> None:
                 left.unlink(missing_ok=True)
     checkpoints = run.checkpoints
     for half in () if checkpoints.is_symlink() else checkpoints.glob(".*"):
-        if _UNFINISHED.fullmatch(half.name):
+        if LEFT_OVER.fullmatch(half.name):
             shutil.rmtree(half, ignore_errors=True)
 
 
-# As `training.committed` names checkpoints that it writes and removes.
-_UNFINISHED = re.compile(r"\.building-\d+-\w{8}|\.trash-step-\d+-[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # as `write_atomically` names them
 
 

@@ -34,7 +34,7 @@ from rediffuse.training import checkpoint, committed, hooks
 from rediffuse.training.loop import Hook, Stop, every
 from rediffuse.training.state import TrainState
 from rediffuse.training.step import Recipe
-from rediffuse.words import json_text, masked_tree, tell
+from rediffuse.words import json_text, masked_tree, say, tell
 
 Value = TypeVar("Value")
 
@@ -151,13 +151,13 @@ class Session:
         return state.images_seen >= self.planned or bool(hooks.stopped_early(state, checks))
 
     def check_trained(self, state: TrainState) -> None:
-        """Hold a run to have learned something.
+        """Hold a run that has come to its end to have learned something.
 
         Raises:
             TrainingError: if every step of it was skipped.
         """
         self._skipped.look(state)
-        if state.step and int(state.skipped_steps) == state.step:
+        if self._is_at_end(state) and state.step and int(state.skipped_steps) == state.step:
             raise TrainingError(
                 f"all {state.step} steps were skipped, since no loss or gradient was finite "
                 "(logs/non_finite.jsonl): nothing was learned. Look at data.mean and data.std, "
@@ -486,11 +486,6 @@ def beginning(config: Config, recipe: Recipe) -> dict[str, Any]:
     devices = recipe.devices
     config_facts = masked_tree(values)
     return {"config": config_facts, "ranks": devices.ranks, "device": devices.device.type}
-
-
-def say(line: str) -> None:
-    """Tell the user one line; a closed terminal is no reason to stop."""
-    tell(line, sys.stdout)
 
 
 _TRACKERS: dict[str, Callable[..., Tracker]] = {

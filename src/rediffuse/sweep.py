@@ -40,10 +40,9 @@ from rediffuse.gallery import Options, check_equal, opened, settled
 from rediffuse.judging import Study, samples
 from rediffuse.models import Model, find
 from rediffuse.runs import Run
-from rediffuse.session import say
 from rediffuse.tracking.jsonl import write_atomically
 from rediffuse.training.devices import Devices, choose
-from rediffuse.words import json_text
+from rediffuse.words import json_text, say
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """`rediffuse sample`."""
 
+import sys
 from pathlib import Path
 
 import click
 
 from rediffuse.cli import complete, options
+from rediffuse.errors import RediffuseError
+from rediffuse.words import tell
 
 
 @click.command()
@@ -124,11 +127,14 @@ def _send_what_is_missing(word: str, root: Path | None) -> None:
     from rediffuse.processes import announced
     from rediffuse.tracking.journal import owes
 
-    run = find(word, root)
-    config = checked(read_yaml(run.config))
-    if announced()[0] or run.read().status == "RUNNING":
-        return
-    if any(owes(run.directory, tracker) for tracker in config.tracking.trackers):
-        from rediffuse.session import send_if_free
+    try:
+        run = find(word, root)
+        config = checked(read_yaml(run.config))
+        if announced()[0] or run.read().status == "RUNNING":
+            return
+        if any(owes(run.directory, tracker) for tracker in config.tracking.trackers):
+            from rediffuse.session import send_if_free
 
-        send_if_free(run, config)
+            send_if_free(run, config)
+    except (RediffuseError, OSError) as failed:  # the images are drawn, whatever is wrong here
+        tell(f"trackers were not sent what they miss: {failed}", sys.stderr)

@@ -8,11 +8,11 @@ Distances through it are comparable only with those through the same weights.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -360,6 +360,6 @@ def _digest(weights: bytes) -> str:
 
 def _written(file: Path, content: bytes) -> None:
     """Put a whole file in place, or none."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside = file.with_name(f".{file.name}.{uuid4().hex}")
     beside.write_bytes(content)
     beside.replace(file)

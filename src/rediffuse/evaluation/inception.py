@@ -5,7 +5,6 @@
 
 import hashlib
 import io
-import os
 import shutil
 import urllib.request
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import UInt8
@@ -110,7 +110,7 @@ def _read(weights: Path) -> bytes:
 def _download(address: str, file: Path, sha256: str) -> None:
     """Fetch a file whole and right, or leave none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.{uuid4().hex}")
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as source, part.open("wb") as out:
             shutil.copyfileobj(source, out)

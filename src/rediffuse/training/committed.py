@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -155,8 +156,8 @@ def retain(
             first.setdefault(saved["images_seen"] // every_images, checkpoint)
         first.pop(0, None)
         kept |= set(first.values())
-    doomed = [*folder.glob(f"{_TRASH}*"), *(old for old in there if old not in kept)]
-    for old in doomed:
+    trash = [left for left in folder.glob(f"{_TRASH}*") if LEFT_OVER.fullmatch(left.name)]
+    for old in (*trash, *(old for old in there if old not in kept)):
         try:
             _remove(old)
         except OSError as failed:
@@ -233,6 +234,8 @@ def _commit(final: Path, contents: Mapping[str, Callable[[], bytes]]) -> Path:
 
 
 _TRASH = ".trash-"
+LEFT_OVER = re.compile(r"\.building-\d+-\w{8}|\.trash-step-\d+(-[0-9a-f]{32})?")
+"""Names of folders that a killed process left beside checkpoints, half written or half removed."""
 
 
 def _remove(checkpoint: Path) -> None:

@@ -180,7 +180,7 @@ def _joined(device: str, rank: int, ranks: int) -> Devices:
             torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
             torch.distributed.all_reduce(torch.zeros((), device=chosen))  # NCCL connects here
         except (RuntimeError, ValueError) as failed:
-            why = str(failed).strip().splitlines()[0][:200]
+            why = (str(failed).strip().splitlines() or [type(failed).__name__])[0][:200]
             raise ConfigError(
                 f"{ranks} processes cannot work together at {address}: {why}"
             ) from None
