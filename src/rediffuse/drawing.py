@@ -61,12 +61,14 @@ class Way(NamedTuple):
 
     It may ask for a fresh denoiser for every further walk, since some remember what they said. A
     `plain` way undoes steps of DDIM, which no threshold may bend. `look` is called with x_t, t and
-    x_0 of the job's images after every evaluation; what it raises ends the walk.
+    x_0 of the job's images after every evaluation; what it raises ends the walk. `given` is a
+    digest of the pictures that the images are made from, if any.
     """
 
     walk: Callable[[Setting, Tensor, Callable[[], Denoise]], Iterator[Tensor]]
     plain: bool = False
     look: Look | None = None
+    given: str = ""
 
 
 @dataclass(frozen=True)

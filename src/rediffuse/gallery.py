@@ -243,7 +243,7 @@ def common(model: Model, how: Sampling, job: Job, options: Options) -> dict[str,
         "seed": job.seed,
         "sampling": how.model_dump(mode="json"),  # where JSON has no infinity, null
         "edit": _edit(options),
-        **_given(model, job, options),
+        **_given(job),
         "device": str(model.device),
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "precision": str(model.precision).removeprefix("torch."),
@@ -395,10 +395,13 @@ def _check_options(options: Options) -> None:
 def _way(data: Data, inputs: Tensor, options: Options) -> Way:
     if options.mask:
         anew = _squares(data, [options.mask], channels=1) >= 128  # white is painted
-        return painted(inputs, (~anew).float(), options.resamplings, options.jump)
+        way = painted(inputs, (~anew).float(), options.resamplings, options.jump)
+        return way._replace(given=_digest_of(inputs, anew))
     if options.reconstruct:
-        return rebuilt(inputs)
-    return varied(inputs, _STRENGTH if options.strength is None else options.strength)
+        way = rebuilt(inputs)
+    else:
+        way = varied(inputs, _STRENGTH if options.strength is None else options.strength)
+    return way._replace(given=_digest_of(inputs))
 
 
 _STRENGTH = 0.6
@@ -419,6 +422,7 @@ def _between(
         data = model.config.data
         first, last = (_inputs(data, Path(end)) for end in ends)
         way = between_images(first[:1], last[:1], len(images))
+        way = way._replace(given=_digest_of(first[:1], last[:1]))
         return way, classes_of_given(model, images, options.class_name)
     first_number, last_number = (_image_number("--interpolate", end) for end in ends)
     pair = classes_for((first_number, last_number), model.class_names, options.class_name)
@@ -525,22 +529,18 @@ def _edit(options: Options) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _given(model: Model, job: Job, options: Options) -> dict[str, Any]:
+def _given(job: Job) -> dict[str, Any]:
     """What the pixels depend on beside numbers: digests of given pictures, the guiding weights."""
-    data, ends = model.config.data, (options.interpolate or "").split(",")
-    pictures = {"input": _inputs(data, options.inputs)} if options.inputs else {}
-    if options.mask:
-        pictures["mask"] = _squares(data, [options.mask], channels=1)
-    if options.interpolate and not any(map(_is_number, ends)):
-        both = [_inputs(data, Path(end.strip()))[:1] for end in ends]
-        pictures["interpolate"] = torch.cat(both)
-    found: dict[str, Any] = {
-        name: hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
-        for name, pixels in pictures.items()
-    }
+    found: dict[str, Any] = {}
+    if job.way and job.way.given:
+        found["pictures"] = job.way.given
     if job.weaker:
         found["guide_by"] = job.weaker.origin
     return {"given": found} if found else {}
+
+
+def _digest_of(*pictures: Tensor) -> str:
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in pictures)).hexdigest()[:16]
 
 
 def _job_name(how: Sampling, job: Job, options: Options) -> str:
