@@ -75,6 +75,8 @@ def another_seed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_edited_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = the_run(root) / "config.yaml"  # of a copy, whose images lie in the copy, too
+    config.write_text(re.sub(r"\S+/pictures", str(root / "pictures"), config.read_text()))
     file = root / "pictures/05.png"
     pixels = np.array(Image.open(file))
     pixels[3, 3] ^= 255

@@ -61,11 +61,16 @@ def store(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Words that train a run with a weighting of one's own."""
-    (tmp_path / "my_lab.py").write_text(
+    (tmp_path / "served_lab.py").write_text(
         "import torch\n\ndef heavy(schedule, t, target):\n    return torch.full_like(t, 2.0)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    return [*TINY, "training.images=48", "training.previews=false", "weighting.name=my_lab.heavy"]
+    return [
+        *TINY,
+        "training.images=48",
+        "training.previews=false",
+        "weighting.name=served_lab.heavy",
+    ]
 
 
 def test_a_run_with_a_part_of_ones_own_is_loaded_and_resumed_as_it_says(
@@ -77,15 +82,17 @@ def test_a_run_with_a_part_of_ones_own_is_loaded_and_resumed_as_it_says(
     assert launch.train(compose(own_part), root=tmp_path) == 0
     (run,) = runs.list_runs(tmp_path)
     said = re.findall("(?:resume|sample)  rediffuse (.*)", capfd.readouterr().out)
-    begun = [f"{verb} {run.id} --trust my_lab" for verb in ("resume", "sample")]
+    begun = [f"{verb} {run.id} --trust served_lab" for verb in ("resume", "sample")]
     assert said == [*begun, f"{begun[0]} training.images=96", begun[1]]
     export(run.directory, tmp_path / "model")
     monkeypatch.delenv("REDIFFUSE_TRUST", raising=False)
-    with pytest.raises(ConfigError, match="if you trust that code, set REDIFFUSE_TRUST=my_lab,"):
+    with pytest.raises(
+        ConfigError, match="if you trust that code, set REDIFFUSE_TRUST=served_lab,"
+    ):
         serving._load_pyfunc(str(tmp_path / "model"))
-    monkeypatch.setenv("REDIFFUSE_TRUST", "my_lab")
+    monkeypatch.setenv("REDIFFUSE_TRUST", "served_lab")
     generator = serving._load_pyfunc(str(tmp_path / "model"))
-    trusted = api.load(run, trusted=["my_lab"])
+    trusted = api.load(run, trusted=["served_lab"])
     assert (
         pixels(generator.predict(pandas.DataFrame({"image": [3]}))) == api.sample(trusted, [3])
     ).all()

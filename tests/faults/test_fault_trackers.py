@@ -186,7 +186,7 @@ def test_a_run_whose_server_fails_is_complete_and_resume_sends_it_once(fault, fo
     said = [line for line in (alone.stdout + alone.stderr).splitlines() if "mlflow: " in line]
     assert "(the run goes on without it, and is sent later)" in said[0]
     assert f"`rediffuse resume {run}` sends the rest" in said[-1]
-    assert len(read_metrics(root / run / "metrics.jsonl")) == 14
+    assert len(read_metrics(root / run / "metrics.jsonl")) == 15
     again = forks.run("resume", run, root=root, check=0)
     assert "mlflow: " not in again.stdout + again.stderr
     assert history(root, run) == written(root, run)
