@@ -4,7 +4,6 @@ The libraries take seconds to import, so that only the tests that ask them do.
 """
 
 import math
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -291,8 +290,9 @@ def test_leaving_a_group_out_is_measuring_the_rest():
         torch.testing.assert_close(found.mean, moments(x).mean)
         torch.testing.assert_close(found.covariance, moments(x).covariance)
     direct = [frechet_distance(moments(x), moments(real)) for x in rest]
-    shortcut = frechet_distances(moments_without(fake, group), moments(real))
-    assert [*shortcut] == pytest.approx(direct)
+    distance, shortcut = frechet_distances(fake, moments(real), group)
+    assert distance == frechet_distance(moments(fake), moments(real))  # bit for bit
+    assert shortcut == pytest.approx(direct)
     found = kernel_distance(fake, real, 0, subsets=1, size=90, group=group)
     rows, others = subset(110, 90, 0, 0), subset(90, 90, 0, 1)
     direct = [squared_mmd(fake[rows][group[rows] != n], real[others]) for n in range(k)]
@@ -310,6 +310,39 @@ def test_the_kernel_distance_to_few_images_has_no_standard_error():
     found = kernel_distance(fake, real, 0, subsets=100, size=3, group=groups_of(100))
     assert math.isfinite(found.mean)
     assert found.standard_error is None
+
+
+@pytest.mark.parametrize(
+    ("features", "count"), [(32, 128), (64, 256), (32, 48), (64, 96), (64, 50)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1.2], ids=["equal", "different"])
+def test_the_standard_error_of_frechet_distance_is_that_of_exact_replicates(features, count, scale):
+    """Against singular values of matrix roots; the last covariance is not of full rank."""
+    x = drawn(1, count, features, scale, shift=5.0)
+    real = moments(drawn(2, 6 * features, features, shift=5.0))
+    group = groups_of(count)
+    assert group is not None
+    exact = [frechet_distance(moments(rest), real) for rest in without(x, group)]
+    _, parts = frechet_distances(x, real, group)
+    assert standard_error(parts) == pytest.approx(standard_error(exact), rel=1e-5)
+
+
+def test_replicates_of_frechet_distance_decompose_no_matrix_root(monkeypatch):
+    """A replicate of the jackknife costs eigenvalues only: the roots are of all rows and of b."""
+    roots, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: roots.append(matrix) or eigh(matrix))
+    x = gaussian(100, 4, seed=1)
+    frechet_distances(x, moments(gaussian(90, 4, seed=2)), groups_of(100))
+    assert len(roots) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["a single image", "fewer images than features"])
+def test_frechet_distances_without_groups_from_a_reference_of_few_images(rows):
+    x, real = gaussian(80, 6, seed=1), moments(gaussian(rows, 6, seed=2))
+    group = groups_of(80)
+    assert group is not None
+    exact = [frechet_distance(moments(rest), real) for rest in without(x, group)]
+    assert frechet_distances(x, real, group)[1] == pytest.approx(exact)
 
 
 def test_groups_have_equal_shares_of_every_class_whatever_the_order():
@@ -338,8 +371,7 @@ def test_standard_errors_are_those_of_drawing_again_at_this_n(shift, least, most
         x = gaussian(100, 3, seed=seed) + shift
         group = groups_of(len(x))
         assert group is not None
-        each = frechet_distances(chain([moments(x)], moments_without(x, group)), real)
-        whole, *parts = each
+        whole, parts = frechet_distances(x, real, group)
         values["fd"].append((whole, standard_error(parts)))
         kernel = kernel_distance(x, reference, 0, subsets=2, size=100, group=group)
         assert kernel.standard_error is not None

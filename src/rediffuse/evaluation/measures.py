@@ -6,7 +6,6 @@ through any other network they are `fd_<network>` and `kd_<network>`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from rediffuse.evaluation.jackknife import GROUPS, groups_of, standard_error
 from rediffuse.evaluation.kernel import kernel_distance
 from rediffuse.evaluation.manifold import manifold, manifold_without
 from rediffuse.evaluation.mifid import informed, memorization_distances
-from rediffuse.evaluation.moments import Moments, moments, moments_without
+from rediffuse.evaluation.moments import Moments
 
 MEASURE: dict[str, Any] = {
     "jackknife_groups": GROUPS,
@@ -116,7 +115,7 @@ def measured(
     if features == COLOUR:
         return _colours(sample, reference, group)
     inception = features == INCEPTION
-    distance, without = _distances(sample.seen.features, reference.moments, group)
+    distance, without = frechet_distances(sample.seen.features, reference.moments, group)
     found = {"fid" if inception else f"fd_{features}": _value(distance, without)}
     found |= _kernel("kid" if inception else f"kd_{features}", sample, reference, group)
     found |= _manifold(features, sample, reference)
@@ -136,13 +135,6 @@ Group = Int64[Tensor, " n"] | None
 def _value(value: float, without: Sequence[float] | Tensor, n: int | None = None) -> Value:
     """A figure and what it is without each group; nothing of the latter for too few images."""
     return Value(value, standard_error(without) if len(without) else None, n)
-
-
-def _distances(vectors: Tensor, of: Moments, group: Group) -> tuple[float, list[float]]:
-    """The Fréchet distance of all vectors, and without each group."""
-    parts = [] if group is None else moments_without(vectors, group)
-    distance, *without = frechet_distances(chain([moments(vectors)], parts), of)
-    return distance, without
 
 
 def least_images(length: int) -> int:
@@ -189,7 +181,7 @@ def _of_inception(sample: Sample, reference: Reference, group: Group) -> dict[st
         score = inception_score(seen.logits, MEASURE["seed"], splits=splits, group=group)
         found["is"] = Value(score.mean, score.standard_error, sd=score.sd)
     if seen.spatial is not None and reference.spatial is not None:
-        found["sfid"] = _value(*_distances(seen.spatial, reference.spatial, group))
+        found["sfid"] = _value(*frechet_distances(seen.spatial, reference.spatial, group))
     return found
 
 
