@@ -169,7 +169,7 @@ def _section(group: str) -> Any:
 
 
 def _unknown(tree: Mapping[str, Any], known: list[str]) -> str | None:
-    """A key that Rediffuse does not have; a single one may be misspelt, and is told later."""
+    """The first unknown key, or None; a single misspelt key is reported when it is composed."""
     other = [key for key in tree if key not in known]
     if not other or (len(other) == 1 and did_you_mean(other[0], known)):
         return None
